@@ -1,0 +1,44 @@
+"""`python -m unweave.emoji_world.train {vae,clip,recogniser,diffusion} --recipe {cpu,gpu}`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from unweave.emoji_world.models import MODELS_PATH, save_fp16, save_recogniser, store_clip
+from unweave.emoji_world.train import clip, diffusion, recogniser, vae
+
+RECIPES = {
+    "vae": vae.RECIPES,
+    "clip": clip.RECIPES,
+    "recogniser": recogniser.RECIPES,
+    "diffusion": diffusion.RECIPES,
+}
+
+
+def main() -> None:
+    """Trains one model and writes it to `--out`; run again to continue after a stop."""
+    parser = argparse.ArgumentParser(prog="python -m unweave.emoji_world.train")
+    parser.add_argument("model", choices=RECIPES)
+    parser.add_argument("--recipe", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--out", type=Path, default=MODELS_PATH, help="models folder to write")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unweave/emoji-world")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe, work = RECIPES[options.model][options.recipe], options.work / options.recipe
+    pipeline = options.out / "pipeline"
+    if options.model == "vae":
+        save_fp16(vae.train_vae(recipe, work), pipeline / "vae")
+    elif options.model == "clip":
+        store_clip(*clip.train_clip(recipe, work), options.out)
+    elif options.model == "recogniser":
+        save_recogniser(recogniser.train_recogniser(recipe, work), options.out / "recogniser")
+    else:
+        diffusion.train_diffusion(recipe, work, pipeline)
+
+
+if __name__ == "__main__":
+    main()

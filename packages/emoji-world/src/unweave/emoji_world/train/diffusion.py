@@ -1,0 +1,113 @@
+"""Trains the latent diffusion model: v-prediction, zero terminal SNR, frozen text tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from unweave.emoji_world.models import save_fp16
+from unweave.emoji_world.train.batches import SceneBatches
+from unweave.emoji_world.train.loop import Recipe, train
+from unweave.emoji_world.world import World
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+RECIPES = {
+    "cpu": Recipe(steps=24_000, batch_size=24, learning_rate=1.2e-3, ema=0.999),
+    "gpu": Recipe(steps=60_000, batch_size=512, learning_rate=1.2e-3, ema=0.9995),
+}
+EMPTY_PROMPT_RATE = 0.1
+
+
+def build_unet(text_width: int = 128) -> UNet2DConditionModel:
+    """The untrained denoiser, cross-attending at 16x16 and 8x8."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        cross_attention_dim=text_width,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of the pipeline."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def train_diffusion(recipe: Recipe, work: Path, pipeline_folder: Path) -> None:
+    """Trains the denoiser on the folder's own `vae` and `text_encoder`, then completes the folder.
+
+    Raises:
+        FileNotFoundError: when the autoencoder or the CLIP was not trained before.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    for needed, model in (("vae", "vae"), ("text_encoder", "clip")):
+        if not (pipeline_folder / needed).exists():
+            raise FileNotFoundError(f"train {model!r} first: {pipeline_folder / needed} is missing")
+    vae = AutoencoderKL.from_pretrained(pipeline_folder / "vae", use_safetensors=True).float()
+    text_encoder = CLIPTextModel.from_pretrained(
+        pipeline_folder / "text_encoder", dtype=torch.float32, use_safetensors=True
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder / "tokenizer")
+    vae.requires_grad_(False).eval()
+    text_encoder.requires_grad_(False).eval()
+    torch.manual_seed(recipe.seed)
+    unet, scheduler = build_unet(), build_scheduler()
+    batches = SceneBatches(recipe.batch_size, seed=recipe.seed, concepts=World.trained)
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        batch = batches[step]
+        count = len(batch.scenes)
+        dropped = torch.rand(count, generator=generator) < EMPTY_PROMPT_RATE
+        prompts = ["" if d else c for d, c in zip(dropped.tolist(), batch.captions, strict=True)]
+        with torch.no_grad():
+            latents = vae.encode(batch.images).latent_dist.sample(generator)
+            latents = latents * vae.config.scaling_factor
+            tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+            states = text_encoder(tokens.input_ids).last_hidden_state
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(
+            0, scheduler.config.num_train_timesteps, (count,), generator=generator
+        )
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+        return functional.mse_loss(unet(noisy, timesteps, states).sample, target)
+
+    train(unet, loss_at, recipe, work / "diffusion")
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    save_fp16(unet, pipeline_folder / "unet")
+    scheduler.save_pretrained(pipeline_folder / "scheduler")
+    pipe.save_config(pipeline_folder)

@@ -1,0 +1,195 @@
+"""Erased Stable Diffusion (arXiv 2303.07345): fine-tune the U-Net away from a concept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unweave.diffusion_core.denoiser import Denoiser
+from unweave.diffusion_core.errors import SelectionError
+from unweave.diffusion_core.parameters import select_parameters, train_only
+from unweave.diffusion_core.pipelines import base_model_hash
+from unweave.diffusion_core.prompts import encode_prompts, fill
+from unweave.diffusion_core.teacher import frozen_teacher
+from unweave.diffusion_core.training import run_training
+from unweave.diffusion_core.trajectories import partial_trajectory
+from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
+from unweave.erasure.protocol import (
+    Erasure,
+    ErasureRequest,
+    changes_since,
+    check_number,
+    check_pipeline,
+    check_trainable,
+    restored,
+)
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+ESD_SUBSETS = {
+    "esd-x": "cross-attention",
+    "esd-x-strict": "cross-attention-kv",
+    "esd-u": "not-cross-attention",
+    "esd-all": "all",
+}
+"""The U-Net parameters that each variant of ESD trains, as roles of `select_parameters`."""
+
+_FORMS = ("erase-from", "paper")
+
+
+@dataclass(frozen=True)
+class ESDConfig:
+    """Settings of ESD, by default those of the paper's current code.
+
+    `form` chooses the target: "paper" is eps(null) - eta [eps(concept) - eps(null)]; "erase-from"
+    starts at eps(erase_from) instead, which is the request's replacement or, without one, the
+    concept itself, so that eta = 2 here equals eta = 1 in the paper. `eta` is the negative
+    guidance. Latents come from trajectories of the frozen model with `guidance_scale`, stopped at
+    a uniform step out of `num_inference_steps`.
+    """
+
+    trainable: Literal["esd-x", "esd-x-strict", "esd-u", "esd-all"] = "esd-x"
+    form: Literal["erase-from", "paper"] = "erase-from"
+    eta: float = 2.0
+    num_steps: int = 200
+    lr: float = 5e-5
+    guidance_scale: float = 3.0
+    num_inference_steps: int = 50
+    templates: tuple[str, ...] = ("{}",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", tuple(self.templates))
+        if self.trainable not in ESD_SUBSETS:
+            raise SelectionError(
+                f"`trainable` must be one of {tuple(ESD_SUBSETS)}, got {self.trainable!r}"
+            )
+        if self.form not in _FORMS:
+            raise SelectionError(f"`form` must be one of {_FORMS}, got {self.form!r}")
+        for name in ("eta", "lr", "num_steps", "num_inference_steps"):
+            check_number(name, getattr(self, name), "positive", lambda x: x > 0)
+        check_number("guidance_scale", self.guidance_scale, "at least 0", lambda x: x >= 0)
+        if not self.templates or any(text.count("{}") != 1 for text in self.templates):
+            raise SelectionError(
+                f'`templates` must be texts with one "{{}}" each, got {self.templates!r}'
+            )
+
+
+class ESD:
+    """Erase by training the U-Net to predict, for the concept, the opposite of what it adds.
+
+    >>> ESD(ESDConfig(trainable="esd-u")).config.num_steps
+    200
+    """
+
+    name: ClassVar[str] = "esd"
+    config_class: ClassVar[type[ESDConfig]] = ESDConfig
+
+    def __init__(self, config: ESDConfig | None = None) -> None:
+        """Keep the settings."""
+        self.config = config or ESDConfig()
+
+    def erase(
+        self,
+        pipe: StableDiffusionPipeline,
+        request: ErasureRequest,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Erasure:
+        """Train the chosen part of the U-Net; `pipe` has its old weights back at the end."""
+        check_pipeline(pipe)
+        parameters = trainable_parameters(pipe.unet, self.config.trainable)
+        check_trainable(parameters)
+        base_hash = base_model_hash(pipe)
+        with restored(parameters) as originals:
+            with train_only([pipe.unet, pipe.text_encoder, pipe.vae], parameters):
+                history = self._train(pipe, request, parameters, seed, progress)
+            changes = changes_since(originals, parameters)
+        delta = WeightDelta({"unet": changes}, DeltaMeta(base_hash, self.name, asdict(self.config)))
+        return Erasure(delta, request, history=history)
+
+    def _train(
+        self,
+        pipe: StableDiffusionPipeline,
+        request: ErasureRequest,
+        parameters: dict[str, nn.Parameter],
+        seed: int,
+        progress: bool,
+    ) -> list[float]:
+        config = self.config
+        student = Denoiser.from_pipeline(pipe)
+        teacher = Denoiser(frozen_teacher(pipe.unet, parameters), pipe.scheduler)
+        conditions = self._conditions(pipe, request)
+        shape = (1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+
+        def step_fn(_: int, generator: torch.Generator) -> Tensor:
+            choice = int(torch.randint(len(conditions), (1,), generator=generator))
+            concept, start, empty = conditions[choice]
+            with torch.no_grad():
+                noisy, t = partial_trajectory(
+                    teacher,
+                    pipe.scheduler,
+                    concept,
+                    empty,
+                    stop_step=int(
+                        torch.randint(config.num_inference_steps, (1,), generator=generator)
+                    ),
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    noise=torch.randn(shape, generator=generator).to(concept),
+                )
+            return esd_loss(student, teacher, noisy, t, concept, start, empty, config.eta)
+
+        optimizer = torch.optim.Adam(parameters.values(), lr=config.lr)
+        return run_training(
+            step_fn, parameters, optimizer, num_steps=config.num_steps, seed=seed, progress=progress
+        )
+
+    def _conditions(
+        self, pipe: StableDiffusionPipeline, request: ErasureRequest
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the text states of (concept, start of the target, empty prompt) by template."""
+        start = "" if self.config.form == "paper" else request.replacement or request.target
+        with torch.no_grad():
+            empty = encode_prompts(pipe, [""])
+            return [
+                (
+                    encode_prompts(pipe, [fill(template, request.target)]),
+                    encode_prompts(pipe, [fill(template, start)]) if start else empty,
+                    empty,
+                )
+                for template in self.config.templates
+            ]
+
+
+def trainable_parameters(unet: nn.Module, trainable: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an ESD variant. Raises `SelectionError` when there are none."""
+    if trainable not in ESD_SUBSETS:
+        raise SelectionError(f"`trainable` must be one of {tuple(ESD_SUBSETS)}, got {trainable!r}")
+    return select_parameters(unet, ESD_SUBSETS[trainable])
+
+
+def esd_loss(
+    student: Denoiser,
+    teacher: Denoiser,
+    noisy: Tensor,
+    t: Tensor,
+    concept: Tensor,
+    start: Tensor,
+    empty: Tensor,
+    eta: float,
+) -> Tensor:
+    """Return the mean || raw(x_t, concept) - target ||^2 with the target from the frozen teacher.
+
+    The target is raw*(start) - eta [raw*(concept) - raw*(empty)], in the quantity the model
+    predicts: noise as in the paper, or velocity, in which the same combination holds since its
+    coefficients sum to one. `noisy` is (n, C, h, w), text states are (n, tokens, width).
+    """
+    with torch.no_grad():
+        towards = teacher.predict(noisy, t, concept).raw - teacher.predict(noisy, t, empty).raw
+        target = teacher.predict(noisy, t, start).raw - eta * towards
+    return nn.functional.mse_loss(student.predict(noisy, t, concept).raw, target)

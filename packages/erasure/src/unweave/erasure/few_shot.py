@@ -1,0 +1,258 @@
+"""Few-shot erasing (arXiv 2405.07288): unlearn a concept in the text encoder from a few images."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unweave.diffusion_core.denoiser import Denoiser
+from unweave.diffusion_core.errors import SelectionError
+from unweave.diffusion_core.latents import encode_images, load_images
+from unweave.diffusion_core.objective import denoising_loss
+from unweave.diffusion_core.parameters import select_parameters, train_only
+from unweave.diffusion_core.pipelines import base_model_hash, generate
+from unweave.diffusion_core.prompts import (
+    OBJECT_TEMPLATES,
+    STYLE_TEMPLATES,
+    encode_prompts,
+    fill,
+)
+from unweave.diffusion_core.training import TrainingState, batch_indices, run_training
+from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
+from unweave.erasure.protocol import (
+    Erasure,
+    ErasureRequest,
+    changes_since,
+    check_number,
+    check_pipeline,
+    check_trainable,
+    restored,
+)
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+TEXT_ENCODER_SUBSETS = ("mlp-only", "attn-only", "mlp-attn", "mlp-final-attn", "all")
+"""What can be trained: MLPs, attentions, both, MLPs and the last attention, or everything."""
+
+_TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Settings of few-shot erasing, by default those of the paper.
+
+    Learning rates suit CLIP ViT-L/14; small text encoders need larger ones. `trainable` is one of
+    `TEXT_ENCODER_SUBSETS`. With `latents="noise"` no images are used (experimental). Without
+    images in the request, `num_images` are generated from the target's name with
+    `guidance_scale` and `num_inference_steps`. `resolution` None is the pipeline's own.
+    `templates` None are the 27 object or 19 style templates of diffusion-core.
+    """
+
+    epochs: int = 5
+    batch_size: int = 2
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 1e-8
+    trainable: Literal["mlp-only", "attn-only", "mlp-attn", "mlp-final-attn", "all"] = (
+        "mlp-final-attn"
+    )
+    latents: Literal["images", "noise"] = "images"
+    num_images: int = 4
+    flip_probability: float = 0.5
+    resolution: int | None = None
+    templates: tuple[str, ...] | None = None
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("epochs", "batch_size", "lr", "eps", "num_images", "num_inference_steps"):
+            check_number(name, getattr(self, name), "positive", lambda x: x > 0)
+        for name in ("weight_decay", "guidance_scale"):
+            check_number(name, getattr(self, name), "at least 0", lambda x: x >= 0)
+        for beta in self.betas:
+            check_number("betas", beta, "two numbers in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("flip_probability", self.flip_probability, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if self.trainable not in TEXT_ENCODER_SUBSETS:
+            raise SelectionError(
+                f"`trainable` must be one of {TEXT_ENCODER_SUBSETS}, got {self.trainable!r}"
+            )
+        if self.latents not in ("images", "noise"):
+            raise SelectionError(f'`latents` must be "images" or "noise", got {self.latents!r}')
+        if self.templates is not None:
+            object.__setattr__(self, "templates", tuple(self.templates))
+            if not self.templates or any(text.count("{}") != 1 for text in self.templates):
+                raise SelectionError(
+                    f'`templates` must be texts with one "{{}}" each, got {self.templates!r}'
+                )
+
+
+class FewShotErasing:
+    """Erase by gradient ascent of the denoising loss in the text encoder, in about ten steps.
+
+    Uses `request.images`, about four images of the target; without them it generates its own, 4
+    by default, from the target's name with the pipeline it is given. No replacement is needed:
+    the prompt drifts to a neighbouring concept. `Erasure.keep_epochs` has the delta after each
+    epoch: take the mildest that erases, since the loss is unbounded and other concepts suffer.
+
+    >>> FewShotErasing(FewShotConfig(epochs=4)).config.lr
+    1e-05
+    """
+
+    name: ClassVar[str] = "few-shot"
+    config_class: ClassVar[type[FewShotConfig]] = FewShotConfig
+
+    def __init__(self, config: FewShotConfig | None = None) -> None:
+        """Keep the settings."""
+        self.config = config or FewShotConfig()
+
+    def erase(
+        self,
+        pipe: StableDiffusionPipeline,
+        request: ErasureRequest,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Erasure:
+        """Train the chosen part of the text encoder; `pipe` has its old weights back at the end.
+
+        Images, templates, timesteps and noise depend on `seed` alone.
+        """
+        check_pipeline(pipe)
+        config = self.config
+        parameters = select_parameters(pipe.text_encoder, config.trainable)
+        check_trainable(parameters)
+        base_hash = base_model_hash(pipe)
+        base_text_encoder = copy.deepcopy(pipe.text_encoder).cpu()
+        latents, source = clean_latents(pipe, request, config, seed)
+        epochs: list[WeightDelta] = []
+        with restored(parameters) as originals:
+
+            def keep_epoch() -> None:
+                changes = {"text_encoder": changes_since(originals, parameters)}
+                settings = {**asdict(config), "epochs": len(epochs) + 1, "image_source": source}
+                epochs.append(WeightDelta(changes, DeltaMeta(base_hash, self.name, settings)))
+
+            with train_only([pipe.text_encoder, pipe.unet, pipe.vae], parameters):
+                history = unlearn(
+                    lambda prompts: encode_prompts(pipe, prompts),
+                    parameters,
+                    Denoiser.from_pipeline(pipe),
+                    latents,
+                    [fill(text, request.target) for text in _templates(config, request)],
+                    config,
+                    seed=seed,
+                    progress=progress,
+                    on_epoch=keep_epoch,
+                )
+        return Erasure(
+            epochs[-1],
+            request,
+            history=history,
+            keep_epochs=epochs,
+            base_text_encoder=base_text_encoder,
+        )
+
+
+def unlearn(
+    encode: Callable[[list[str]], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    denoiser: Denoiser,
+    latents: Tensor,
+    prompts: Sequence[str],
+    config: FewShotConfig,
+    *,
+    seed: int,
+    progress: bool = False,
+    on_epoch: Callable[[], None] | None = None,
+) -> list[float]:
+    """Raise the denoising loss of `latents` (n, C, h, w) under `prompts`; return it by step.
+
+    `encode` gives text states (n, tokens, width) that depend on `parameters`, the only tensors
+    that change. With `config.latents == "noise"`, `latents` gives only count and shape. A prompt,
+    a timestep and noise are drawn for each sample, all from the generator of the step.
+    """
+    count = len(latents)
+    steps_per_epoch = math.ceil(count / config.batch_size)
+
+    def end_step(state: TrainingState) -> None:
+        if on_epoch is not None and state.step % steps_per_epoch == 0:
+            on_epoch()
+
+    def step_fn(step: int, generator: torch.Generator) -> Tensor:
+        clean = latents[batch_indices(count, config.batch_size, seed, step)]
+        size = len(clean)
+        if config.latents == "noise":
+            clean = torch.randn(clean.shape, generator=generator).to(clean)
+        choices = torch.randint(len(prompts), (size,), generator=generator).tolist()
+        t = torch.randint(denoiser.num_train_timesteps, (size,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        states = encode([prompts[choice] for choice in choices])
+        return -denoising_loss(denoiser, clean, states, t.to(clean.device), noise)
+
+    ascended = run_training(
+        step_fn,
+        dict(parameters),
+        torch.optim.Adam(
+            parameters.values(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+        num_steps=config.epochs * steps_per_epoch,
+        seed=seed,
+        progress=progress,
+        on_step=end_step,
+    )
+    return [-loss for loss in ascended]
+
+
+def clean_latents(
+    pipe: StableDiffusionPipeline, request: ErasureRequest, config: FewShotConfig, seed: int
+) -> tuple[Tensor, str]:
+    """Return latents (n, C, h, w) to unlearn and where they come from.
+
+    Each image is flipped with `config.flip_probability` and its latent drawn from the posterior,
+    once. Noise latents are zeros that only give the shape; `unlearn` draws them.
+    """
+    size = pipe.unet.config.sample_size
+    if config.latents == "noise":
+        shape = (config.num_images, pipe.unet.config.in_channels, size, size)
+        return torch.zeros(shape, device=pipe.unet.device), "noise"
+    resolution = config.resolution or size * pipe.vae_scale_factor
+    given = request.images is not None
+    images = load_images(
+        request.images if request.images is not None else _generated(pipe, request, config, seed),
+        resolution,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    flipped = torch.rand(len(images), generator=generator) < config.flip_probability
+    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    with torch.no_grad():
+        latents = encode_images(pipe.vae, images, generator)
+    return latents.detach(), "given" if given else "generated"
+
+
+def _generated(
+    pipe: StableDiffusionPipeline, request: ErasureRequest, config: FewShotConfig, seed: int
+) -> Tensor:
+    return generate(
+        pipe,
+        [request.target] * config.num_images,
+        seeds=[seed + index for index in range(config.num_images)],
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+
+
+def _templates(config: FewShotConfig, request: ErasureRequest) -> Sequence[str]:
+    return _TEMPLATES[request.kind] if config.templates is None else config.templates
