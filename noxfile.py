@@ -134,7 +134,7 @@ def install_house(session: nox.Session) -> None:
     venv.create(HOUSE, with_pip=True, symlinks=os.name != "nt")
     quiet = () if sys.stdout.isatty() else ("--quiet",)
     install = ("python", "-m", "pip", "install", *quiet, "--no-compile", "-c", str(CONSTRAINTS))
-    run_in_house(session, *install, "torch==2.13.0", "hatchling", *TOOLS)
+    run_in_house(session, *install, "torch==2.13.0", "hatchling", "editables", *TOOLS)
     editable = [part for project in PROJECTS for part in ("-e", str(project))]
     run_in_house(session, *install, "--no-build-isolation", *editable)
     stamp.write_text(digest, encoding="utf-8")

@@ -47,6 +47,7 @@ def main(folder: Path) -> int:
         f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}, torch {torch.__version__}"
     )
+    diffusers.utils.logging.disable_progress_bar()
     failures = 0
     for base in sorted(path for path in folder.iterdir() if path.is_dir()):
         expected = load_file(base / "expected.safetensors")

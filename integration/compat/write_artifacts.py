@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def save_pipeline(folder: Path, pipe: StableDiffusionPipeline) -> None:
     state = pipe.text_encoder.state_dict()
     tensors = {canonical_text_encoder_key(name): tensor for name, tensor in state.items()}
     save_tensors(folder / "text_encoder" / "model.safetensors", tensors, {"format": "pt"})
+    _write_old_tokenizer(folder / "tokenizer")
 
 
 def draw(pipe: StableDiffusionPipeline, prompt: str = PROMPT) -> Tensor:
@@ -84,6 +86,14 @@ def draw(pipe: StableDiffusionPipeline, prompt: str = PROMPT) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     output = call(prompt, num_inference_steps=4, generator=generator, output_type="np")
     return torch.from_numpy(output.images[0])
+
+
+def _write_old_tokenizer(folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 4 reads, beside tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
+    (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
 
 
 def _write_loras(folder: Path, pipe: StableDiffusionPipeline) -> dict[str, Tensor]:

@@ -69,10 +69,8 @@ def test_examples_in_the_documentation_import_what_there_is(document: Path) -> N
                 exec(ast.unparse(node), {})
 
 
-@pytest.mark.stress
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = PYTHON_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-    assert (tmp_path / "runs/cat/report/report.html").is_file()
-    assert (tmp_path / "runs/cat/erasure/manifest.json").is_file()
+    assert (tmp_path / "no-cat/manifest.json").is_file()

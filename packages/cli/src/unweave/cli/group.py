@@ -123,7 +123,7 @@ def _message(error: Exception) -> str | None:
         return None
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in _chain(error)):
         text += "; free some space or write to another disk"
-    return " ".join(text.split())
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _os_message(error: OSError) -> str:

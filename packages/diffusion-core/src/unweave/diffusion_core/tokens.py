@@ -113,7 +113,7 @@ def train_token_rows(text_encoder: nn.Module, token_ids: Sequence[int]) -> Itera
 
 
 def save_token(folder: str | Path, token: str, embedding: Tensor) -> Path:
-    """Write one learned token, (width,) or (n, width), to its own file in `folder`; return the file.
+    """Write one learned token, (width,) or (n, width), to a file of its own; return the file.
 
     The file has the token's name without angle brackets and is what
     `pipe.load_textual_inversion(file)`, A1111 and ComfyUI read. Raises `ArtifactError` when the

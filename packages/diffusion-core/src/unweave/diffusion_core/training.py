@@ -99,9 +99,9 @@ def run_training(
 
     `index` counts the calls from 0, `gradient_accumulation` of them to an optimizer step, whose
     loss is their mean. `on_step(step, loss)` is called after each of these, counted from 0, and
-    again for those that a resumed run repeats. Randomness must come from the CPU `generator` or torch's global one: both
-    are functions of (seed, index) alone, so a step does not depend on those before it but through
-    the parameters. The global random state is put back at the end.
+    again for those that a resumed run repeats. Randomness must come from the CPU `generator` or
+    torch's global one: both are functions of (seed, index) alone, so a step depends on those
+    before it only through the parameters. The global random state is put back at the end.
 
     With `checkpoint_dir`, parameters and optimizer are saved there every `checkpoint_every` steps
     and at the end, each time whole or not at all. The same call made again continues from there and
@@ -191,7 +191,7 @@ def _optimizer_step(
         torch.manual_seed(step_seed)
         loss = step_fn(index, torch.Generator().manual_seed(step_seed))
         value = _checked_loss(loss, step)
-        (loss / gradient_accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss / gradient_accumulation).backward()
         total += value / gradient_accumulation
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     _check_finite(gradients, step, "the gradient of ", _GRADIENT_ADVICE)

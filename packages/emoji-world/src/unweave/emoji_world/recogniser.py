@@ -78,12 +78,14 @@ class Recogniser(nn.Module):
     @torch.no_grad()
     def styles(self, images: Tensor) -> Tensor:
         """Index into `World.styles` of the likeliest style, `(n,)`."""
-        return self(images).styles.argmax(1)
+        output: Recognition = self(images)
+        return output.styles.argmax(1)
 
     @torch.no_grad()
     def backgrounds(self, images: Tensor) -> Tensor:
         """Index into `World.backgrounds` of the likeliest background, `(n,)`."""
-        return self(images).backgrounds.argmax(1)
+        output: Recognition = self(images)
+        return output.backgrounds.argmax(1)
 
 
 class _Residual(nn.Module):

@@ -102,10 +102,10 @@ def compose(spec: SceneSpec, resolution: int = 64) -> Scene:
     masks = np.zeros((len(spec.objects), resolution, resolution), dtype=bool)
     for index, item in enumerate(spec.objects):
         drawing = _scaled_sprite(item.concept, item.style, max(2, round(item.size * resolution)))
-        corner = tuple(round(c * resolution - drawing.width / 2) for c in item.center)
-        canvas.paste(drawing, corner, drawing)
+        x, y = (round(c * resolution - drawing.width / 2) for c in item.center)
+        canvas.paste(drawing, (x, y), drawing)
         stencil = Image.new("L", canvas.size)
-        stencil.paste(drawing.getchannel("A"), corner)
+        stencil.paste(drawing.getchannel("A"), (x, y))
         masks[index] = np.asarray(stencil) > VISIBLE_ALPHA
         masks[:index] &= ~masks[index]
     if spec.overlay:

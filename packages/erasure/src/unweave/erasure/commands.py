@@ -130,7 +130,7 @@ def erase(
         typer.Option(
             callback=_read_config,
             is_eager=True,
-            help="A TOML file with values for these options and [settings] of the method.",
+            help="A TOML file: values for these options, and a table `settings` for the method.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -228,7 +228,7 @@ def methods(as_json: JsonOption = False) -> None:
         (name, summaries[name], ", ".join(f"{key}={value!r}" for key, value in defaults.items()))
         for name, defaults in settings.items()
     ]
-    _print_table(("method", "what it does", "settings ([settings] in --config)"), rows)
+    _print_table(("method", "what it does", "settings (table `settings` in --config)"), rows)
 
 
 def models(as_json: JsonOption = False) -> None:
@@ -634,7 +634,7 @@ def _rendered_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headers, box=box.SIMPLE_HEAD)
+    table = Table(*(Text(header) for header in headers), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(color_system=None, force_terminal=False)

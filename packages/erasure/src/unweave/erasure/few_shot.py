@@ -23,7 +23,7 @@ from unweave.diffusion_core.prompts import (
     encode_prompts,
     fill,
 )
-from unweave.diffusion_core.training import TrainingState, batch_indices, run_training
+from unweave.diffusion_core.training import batch_indices, run_training
 from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 from unweave.erasure.protocol import (
     Erasure,
@@ -183,11 +183,9 @@ def unlearn(
     count = len(latents)
     steps_per_epoch = math.ceil(count / config.batch_size)
 
-    def end_step(state: TrainingState) -> None:
-        if on_epoch is not None and state.step % steps_per_epoch == 0:
-            on_epoch()
-
     def step_fn(step: int, generator: torch.Generator) -> Tensor:
+        if on_epoch is not None and step > 0 and step % steps_per_epoch == 0:
+            on_epoch()
         clean = latents[batch_indices(count, config.batch_size, seed, step)]
         size = len(clean)
         if config.latents == "noise":
@@ -211,8 +209,9 @@ def unlearn(
         num_steps=config.epochs * steps_per_epoch,
         seed=seed,
         progress=progress,
-        on_step=end_step,
     )
+    if on_epoch is not None:
+        on_epoch()
     return [-loss for loss in ascended]
 
 

@@ -55,7 +55,7 @@ def train(model: nn.Module, loss_at: StepFunction, recipe: Recipe, folder: Path)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} at step {step} of {folder.name}")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             _update_average(average, model, min(recipe.ema, (step + 1) / (step + 10)))

@@ -46,8 +46,9 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         images = batches[step].images
         posterior = vae.encode(images).latent_dist
-        error = vae.decode(posterior.sample(generator)).sample - images
-        return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
+        error: Tensor = vae.decode(posterior.sample(generator)).sample - images
+        divergence: Tensor = posterior.kl().mean()
+        return error.abs().mean() + error.square().mean() + KL_WEIGHT * divergence
 
     train(vae, loss_at, recipe, work / "vae")
     with torch.no_grad():
