@@ -191,7 +191,7 @@ def _optimizer_step(
         torch.manual_seed(step_seed)
         loss = step_fn(index, torch.Generator().manual_seed(step_seed))
         value = _checked_loss(loss, step)
-        (loss / gradient_accumulation).backward()
+        torch.autograd.backward(loss / gradient_accumulation)
         total += value / gradient_accumulation
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     _check_finite(gradients, step, "the gradient of ", _GRADIENT_ADVICE)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from unweave.diffusion_core.embedded import embedded_recogniser, embedded_world
 from unweave.diffusion_core.errors import (
     ArtifactError,
     ImageError,
-    PipelineError,
     PromptError,
     SelectionError,
     UnweaveError,
@@ -312,13 +312,13 @@ class ErasePlan:
             return
         if self.kind == "style":
             for style in (self.target, *self.preserve):
-                _require_known(style, _world().styles, {}, "style")
+                _require_known(style, embedded_world().styles, {}, "style")
             return
         synonyms = {
-            word: entry.name for entry in _world().table.values() for word in entry.synonyms
+            word: entry.name for entry in embedded_world().table.values() for word in entry.synonyms
         }
         for concept in (self.target, *self.preserve):
-            _require_known(concept, _world().trained, synonyms, "concept")
+            _require_known(concept, embedded_world().trained, synonyms, "concept")
 
     def _check_images_are_used(self) -> None:
         from unweave.erasure.methods import METHODS
@@ -446,29 +446,18 @@ class CheckedPlan:
 
 def load_judge(kind: str) -> Judge:
     """Return emoji-world's recogniser as a judge of objects or of styles."""
-    from unweave.emoji_world import load_recogniser
     from unweave.erasure.evaluation import recogniser_judge
 
-    recogniser = load_recogniser()
+    recogniser = embedded_recogniser()
     if kind == "object":
         return recogniser_judge(recogniser)
-    styles = _world().styles
+    styles = embedded_world().styles
 
     def judge(images: Tensor, style: str) -> Tensor:
         found: Tensor = recogniser.styles(images) == styles.index(style)
         return found
 
     return judge
-
-
-def _world() -> Any:
-    try:
-        from unweave.emoji_world import World
-    except ImportError as error:
-        raise PipelineError(
-            "the model 'emoji-world' is in a package of its own: pip install unweave-emoji-world"
-        ) from error
-    return World
 
 
 def _require_known(name: str, known: Sequence[str], synonyms: Mapping[str, str], what: str) -> None:
@@ -631,10 +620,10 @@ def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _rendered_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(Text(header) for header in headers), box=box.SIMPLE_HEAD)
+    table = Table(*(Column(Text(header)) for header in headers), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(color_system=None, force_terminal=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from unweave.emoji_world.scenes import Scene, SceneDataset
 
 ENDLESS = 1 << 40
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,4 @@ class SceneBatches:
         scenes = [self.dataset.scene(first + i) for i in range(self.batch_size)]
         pixels = np.stack([scene.image for scene in scenes])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Batch(images.contiguous(), scenes)
+        return Batch(images.contiguous().to(DEVICE), scenes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unweave.emoji_world.tokenizer import MAX_TOKENS, build_tokenizer
-from unweave.emoji_world.train.batches import SceneBatches
+from unweave.emoji_world.train.batches import DEVICE, SceneBatches
 from unweave.emoji_world.train.loop import Recipe, train
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ def train_clip(recipe: Recipe, work: Path) -> tuple[CLIPModel, CLIPTokenizer]:
         tokens = tokenizer(
             batch.captions, padding="max_length", truncation=True, return_tensors="pt"
         )
-        logits = model(input_ids=tokens.input_ids, pixel_values=batch.images).logits_per_image
-        same = torch.tensor([[a == b for b in batch.captions] for a in batch.captions]).float()
+        ids = tokens.input_ids.to(DEVICE)
+        logits = model(input_ids=ids, pixel_values=batch.images).logits_per_image
+        same = (
+            torch.tensor([[a == b for b in batch.captions] for a in batch.captions])
+            .float()
+            .to(DEVICE)
+        )
         targets = same / same.sum(1, keepdim=True)
         return (
             functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unweave.emoji_world.models import save_fp16
-from unweave.emoji_world.train.batches import SceneBatches
+from unweave.emoji_world.train.batches import DEVICE, SceneBatches
 from unweave.emoji_world.train.loop import Recipe, train
 from unweave.emoji_world.world import World
 
@@ -73,8 +73,8 @@ def train_diffusion(recipe: Recipe, work: Path, pipeline_folder: Path) -> None:
         pipeline_folder / "text_encoder", dtype=torch.float32, use_safetensors=True
     )
     tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder / "tokenizer")
-    vae.requires_grad_(False).eval()
-    text_encoder.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval().to(DEVICE)
+    text_encoder.requires_grad_(False).eval().to(DEVICE)
     torch.manual_seed(recipe.seed)
     unet, scheduler = build_unet(), build_scheduler()
     batches = SceneBatches(recipe.batch_size, seed=recipe.seed, concepts=World.trained)
@@ -88,19 +88,19 @@ def train_diffusion(recipe: Recipe, work: Path, pipeline_folder: Path) -> None:
             latents = vae.encode(batch.images).latent_dist.sample(generator)
             latents = latents * vae.config.scaling_factor
             tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-            states = text_encoder(tokens.input_ids).last_hidden_state
-        noise = torch.randn(latents.shape, generator=generator)
+            states = text_encoder(tokens.input_ids.to(DEVICE)).last_hidden_state
+        noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
         timesteps = torch.randint(
             0, scheduler.config.num_train_timesteps, (count,), generator=generator
-        )
+        ).to(DEVICE)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         return functional.mse_loss(unet(noisy, timesteps, states).sample, target)
 
     train(unet, loss_at, recipe, work / "diffusion")
     pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        vae=vae.cpu(),
+        text_encoder=text_encoder.cpu(),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unweave.emoji_world.train.batches import DEVICE
+
 StepFunction = Callable[[int, torch.Generator], Tensor]
 
 
@@ -40,6 +42,7 @@ def train(model: nn.Module, loss_at: StepFunction, recipe: Recipe, folder: Path)
     """
     from rich.progress import Progress, TextColumn
 
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     first = _resume(folder, recipe, model, average, optimizer)
@@ -63,7 +66,7 @@ def train(model: nn.Module, loss_at: StepFunction, recipe: Recipe, folder: Path)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
                 _checkpoint(folder, step + 1, loss.item(), recipe, model, average, optimizer)
     model.load_state_dict(average)
-    model.eval()
+    model.cpu().eval()
 
 
 def one_cycle(progress: float, warm_up: float = 0.05) -> float:
@@ -120,7 +123,7 @@ def _resume(
         header = file.metadata()
     if json.loads(header["recipe"]) != asdict(recipe):
         raise ValueError(f"{path} belongs to another recipe: choose another folder or delete it")
-    tensors = load_file(path)
+    tensors = load_file(path, device=str(DEVICE))
     model.load_state_dict(_part(tensors, "model."))
     average.update(_part(tensors, "average."))
     state: dict[int, dict[str, Tensor]] = {}

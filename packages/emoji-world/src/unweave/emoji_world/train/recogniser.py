@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unweave.emoji_world.recogniser import Recogniser
+from unweave.emoji_world.recogniser import Recogniser, Recognition
 from unweave.emoji_world.scenes import Scene
-from unweave.emoji_world.train.batches import SceneBatches
+from unweave.emoji_world.train.batches import DEVICE, SceneBatches
 from unweave.emoji_world.train.loop import Recipe, train
 from unweave.emoji_world.world import World
 
@@ -30,13 +30,13 @@ def train_recogniser(recipe: Recipe, work: Path) -> Recogniser:
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         batch = batches[step]
         concepts, styles, backgrounds = labels(batch.scenes)
-        images = augment((batch.images + 1) / 2, generator)
+        images = augment((batch.images.cpu() + 1) / 2, generator)
         junk = torch.rand(images.shape[0], generator=generator) < 0.04
         images = torch.where(
             junk[:, None, None, None], torch.rand(images.shape, generator=generator), images
         )
         concepts = concepts * ~junk[:, None]
-        output = model(images)
+        output = Recognition(*(part.cpu() for part in model(images.to(DEVICE))))
         ignored = torch.full_like(styles, -1)
         styles = torch.where(concepts.any(1), styles, ignored)
         backgrounds = torch.where(junk, ignored, backgrounds)

@@ -52,7 +52,7 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
 
     train(vae, loss_at, recipe, work / "vae")
     with torch.no_grad():
-        images = SceneBatches(256, seed=recipe.seed + 1)[0].images
+        images = SceneBatches(256, seed=recipe.seed + 1)[0].images.cpu()
         scale = 1 / vae.encode(images).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=float(scale))
     return vae
