@@ -41,11 +41,11 @@ def test_adding_tokens_leaves_old_rows_and_old_prompts_as_they_were(
     pipe: StableDiffusionPipeline,
 ) -> None:
     before, ids = _rows(pipe), pipe.tokenizer(PROMPTS).input_ids
-    states = encode_prompts(pipe, PROMPTS)
+    states = encode_prompts(pipe, PROMPTS[:3])
     assert add_tokens(pipe, ["<cat>", "sks", "<cat>_1"]) == [514, 515, 516]
     assert torch.equal(_rows(pipe)[: len(before)], before)
     assert pipe.tokenizer(PROMPTS[:3]).input_ids == ids[:3]
-    assert torch.equal(encode_prompts(pipe, PROMPTS[:3]), states[:3])
+    assert torch.equal(encode_prompts(pipe, PROMPTS[:3]), states)
 
 
 def test_a_token_is_one_token_as_written_and_no_part_of_other_words(

@@ -15,8 +15,9 @@ from unweave.diffusion_core.testing import tiny_pipeline
 from unweave.erasure.few_shot import FewShotConfig, unlearn
 
 NUM_CONCEPTS = 8
-LATENT_SHAPE = (4, 2, 2)
-SPREAD = 0.5
+LATENT_SHAPE = (2, 4, 4)
+CONCEPT_DIMENSIONS = 2
+IMAGE_NOISE = 0.3
 
 
 @pytest.fixture
@@ -94,26 +95,35 @@ class ToyUNet(nn.Module):
         return (self.outlet(hidden).reshape(sample.shape),)
 
 
+def orthogonal_planes() -> Tensor:
+    """Return (concepts, latent size, 2) spanning directions, scaled to unit variance of latents."""
+    size = torch.Size(LATENT_SHAPE).numel()
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    columns = basis[:, : NUM_CONCEPTS * CONCEPT_DIMENSIONS]
+    planes = columns.reshape(size, NUM_CONCEPTS, CONCEPT_DIMENSIONS).transpose(0, 1)
+    return planes * (size / CONCEPT_DIMENSIONS) ** 0.5
+
+
 @dataclass
 class Toy:
-    """Eight concepts, each a point in latent space with noise around it, and their model."""
+    """Eight concepts, each a plane in latent space with noise around it, and their model.
 
-    centres: Tensor
+    `planes` is (concepts, latent size, 2), the planes being orthogonal to one another.
+    """
+
+    planes: Tensor
     text_encoder: ToyTextEncoder
     denoiser: Denoiser
 
     @classmethod
-    def trained(cls, num_steps: int = 2000, batch_size: int = 128) -> Toy:
+    def trained(cls, num_steps: int = 1200, batch_size: int = 128) -> Toy:
         from diffusers import DDPMScheduler
 
         with torch.random.fork_rng():
             torch.manual_seed(0)
             text_encoder, unet = ToyTextEncoder(), ToyUNet()
-            toy = cls(
-                torch.randn(NUM_CONCEPTS, *LATENT_SHAPE),
-                text_encoder,
-                Denoiser(unet, DDPMScheduler()),
-            )
+            toy = cls(orthogonal_planes(), text_encoder, Denoiser(unet, DDPMScheduler()))
             parameters = [*text_encoder.parameters(), *unet.parameters()]
             optimizer = torch.optim.Adam(parameters, lr=2e-3, fused=True)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
@@ -130,16 +140,26 @@ class Toy:
 
     def images(self, concepts: Tensor, generator: torch.Generator) -> Tensor:
         """Draw one latent image for each concept number."""
+        within = torch.randn(len(concepts), CONCEPT_DIMENSIONS, 1, generator=generator)
         noise = torch.randn(len(concepts), *LATENT_SHAPE, generator=generator)
-        return self.centres[concepts] + SPREAD * noise
+        return (self.planes[concepts] @ within).reshape(noise.shape) + IMAGE_NOISE * noise
 
     def losses(self, text_encoder, concepts: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the denoising loss of one new image for each concept number."""
         clean = self.images(concepts, generator)
         t = torch.randint(1000, (len(concepts),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        return denoising_loss(
-            self.denoiser, clean, text_encoder(concepts), t, noise, reduction="none"
-        )
+        states = text_encoder(concepts)
+        return denoising_loss(self.denoiser, clean, states, t, noise, reduction="none")
+
+    def loss_seen_in_training(self, text_encoder, target: int, seed: int) -> float:
+        """Return the mean loss at the images, timesteps and noise that `erase` learns from."""
+        still = copy.deepcopy(text_encoder)
+        losses = self._unlearn(still, self.training_images(target, seed), target, 1e-12, seed)
+        return sum(losses) / len(losses)
+
+    def training_images(self, concept: int, seed: int) -> Tensor:
+        return self.images(torch.full((4,), concept), torch.Generator().manual_seed(1000 + seed))
 
     @torch.no_grad()
     def loss_of_concepts(self, text_encoder) -> Tensor:
@@ -154,9 +174,11 @@ class Toy:
         """Unlearn `target` from four images in ten steps; return the new text encoder."""
         text_encoder = copy.deepcopy(self.text_encoder)
         concept = target if image_concept is None else image_concept
-        generator = torch.Generator().manual_seed(1000 + seed)
-        images = self.images(torch.full((4,), concept), generator)
-        unlearn(
+        self._unlearn(text_encoder, self.training_images(concept, seed), target, lr, seed)
+        return text_encoder
+
+    def _unlearn(self, text_encoder, images: Tensor, target: int, lr: float, seed: int):
+        return unlearn(
             lambda prompts: text_encoder(torch.tensor([int(prompt) for prompt in prompts])),
             text_encoder.trainable(),
             self.denoiser,
@@ -165,11 +187,13 @@ class Toy:
             FewShotConfig(lr=lr),
             seed=seed,
         )
-        return text_encoder
+
+    def rise_of(self, text_encoder) -> Tensor:
+        """Return by which factor the loss of each concept is above that of the trained model."""
+        return self.loss_of_concepts(text_encoder) / self.loss_of_concepts(self.text_encoder)
 
     def rises(self, target: int, **settings) -> tuple[float, float]:
         """Return by which factor the loss of the target and the mean of the others rise."""
-        after = self.loss_of_concepts(self.erase(target, **settings))
-        ratio = after / self.loss_of_concepts(self.text_encoder)
+        rise = self.rise_of(self.erase(target, **settings))
         others = torch.arange(NUM_CONCEPTS) != target
-        return ratio[target].item(), ratio[others].mean().item()
+        return rise[target].item(), rise[others].mean().item()
