@@ -70,12 +70,12 @@ class _World:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Names of the concepts that the shipped models were trained on."""
+        """Names of the concepts that the diffusion recipe trains on."""
         return self._names("core")
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """Names never shown to any shipped model, for personalization."""
+        """Names that no recipe trains on, for personalization."""
         return self._names("held-out")
 
     def find(self, name: str) -> Concept:
