@@ -24,7 +24,7 @@ import rich.progress, safetensors.torch, torch
 from unweave.diffusion_core import files
 from unweave.diffusion_core.training import run_training
 
-folder, report = Path(sys.argv[1]), []
+folder, num_steps, kills, report = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), []
 
 
 def train(checkpoints, signals=None):
@@ -48,7 +48,7 @@ def train(checkpoints, signals=None):
     def on_step(step, loss):
         tell(b"s")
 
-    losses = run_training(loss, parameters, optimizer, num_steps=80, seed=3, progress=False,
+    losses = run_training(loss, parameters, optimizer, num_steps=num_steps, seed=3, progress=False,
                           checkpoint_dir=checkpoints, checkpoint_every=5, on_step=on_step)
     state = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items()
              for k, v in s.items()}
@@ -81,8 +81,8 @@ warm.grad = torch.zeros(1)
 torch.optim.AdamW([warm]).step()
 chance = random.Random(5)
 forked(folder / "whole")
-for letter in (b"w", b"s", b"w", b"s", b"w"):
-    at = (letter, chance.randint(1, 12))
+for number in range(kills):
+    at = (b"ws"[number % 2 : number % 2 + 1], chance.randint(1, num_steps // (2 * kills) + 4))
     ended = forked(folder / "killed", at, chance.random() * 0.01)
     names = [path.name for path in (folder / "killed").iterdir()]
     report.append({"signal": ended, "names": names})
@@ -110,19 +110,23 @@ def _train(
 
 
 @pytest.mark.skipif(not hasattr(sys.modules["os"], "fork"), reason="needs fork")
-def test_a_run_killed_five_times_ends_with_the_bits_of_an_uninterrupted_one(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("num_steps", "kills"), [(80, 5), pytest.param(200, 50, marks=pytest.mark.stress)]
+)
+def test_a_run_killed_anywhere_ends_with_the_bits_of_an_uninterrupted_one(
+    tmp_path: Path, num_steps: int, kills: int
 ) -> None:
-    command = [sys.executable, "-c", KILLS, str(tmp_path)]
+    """Every other kill falls into the writing of a checkpoint."""
+    command = [sys.executable, "-c", KILLS, str(tmp_path), str(num_steps), str(kills)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rounds = json.loads(output)
-    assert [each["signal"] for each in rounds] == [9] * 5
+    assert [each["signal"] for each in rounds] == [9] * kills
     assert any(name.endswith(".tmp") for each in rounds for name in each["names"])
     whole, killed = (load_tensors(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and len(whole) == 4 + 4 * 3 + 1
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     for name in ("whole", "killed"):
-        assert [path.name for path in (tmp_path / name).iterdir()] == ["step-000000080"]
+        assert [path.name for path in (tmp_path / name).iterdir()] == [f"step-{num_steps:09}"]
 
 
 @pytest.mark.parametrize("stop", [2, 5, 9])

@@ -346,10 +346,13 @@ def saved(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["delta.safetensors", "manifest.json"])
-def test_every_bit_flip_is_refused_with_the_name_of_the_file(saved: Path, name: str) -> None:
+@pytest.mark.parametrize("flips", [300, pytest.param(3000, marks=pytest.mark.stress)])
+def test_every_bit_flip_is_refused_with_the_name_of_the_file(
+    saved: Path, name: str, flips: int
+) -> None:
     path = saved / name
     whole, chance = path.read_bytes(), random.Random(0)
-    for _ in range(300):
+    for _ in range(flips):
         damaged = bytearray(whole)
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
@@ -360,10 +363,13 @@ def test_every_bit_flip_is_refused_with_the_name_of_the_file(saved: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["delta.safetensors", "manifest.json"])
-def test_every_truncation_is_refused_with_the_name_of_the_file(saved: Path, name: str) -> None:
+@pytest.mark.parametrize("cuts", [300, pytest.param(10**9, marks=pytest.mark.stress)])
+def test_every_truncation_is_refused_with_the_name_of_the_file(
+    saved: Path, name: str, cuts: int
+) -> None:
     path = saved / name
     whole = path.read_bytes()
-    lengths = {*range(0, len(whole), max(1, len(whole) // 300)), len(whole) - 1, 1, 7, 8, 9}
+    lengths = {*range(0, len(whole), max(1, len(whole) // cuts)), len(whole) - 1, 1, 7, 8, 9}
     for length in lengths:
         path.write_bytes(whole[:length])
         with pytest.raises(ArtifactError, match=name):
@@ -417,9 +423,41 @@ def test_a_failed_save_keeps_the_old_delta(
     assert WeightDelta.load(saved).meta.settings == {"seed": 0}
 
 
-def _save_alternately(folder: Path, deltas: tuple[WeightDelta, WeightDelta]) -> None:
-    for index in range(40):
+def _save_alternately(
+    folder: Path, deltas: tuple[WeightDelta, WeightDelta], times: int = 40
+) -> None:
+    for index in range(times):
         deltas[index % 2].save(folder)
+
+
+@pytest.mark.stress
+def test_four_readers_meet_whole_deltas_while_eight_write(
+    pipe: StableDiffusionPipeline, saved: Path
+) -> None:
+    deltas = (_low_rank_delta(pipe, 0), _low_rank_delta(pipe, 1))
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_save_alternately, args=(saved, deltas, 200)) for _ in range(8)
+    ] + [context.Process(target=_load_often, args=(saved, deltas, 1000)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 12
+
+
+def _load_often(folder: Path, deltas: tuple[WeightDelta, WeightDelta], times: int) -> None:
+    for _ in range(times):
+        _load_one_of(folder, deltas)
+
+
+def _load_one_of(folder: Path, deltas: tuple[WeightDelta, WeightDelta]) -> None:
+    """Load a delta and see that it is one of `deltas`, whole."""
+    loaded = WeightDelta.load(folder)
+    expected = deltas[loaded.meta.settings["seed"]].deltas["text_encoder"][_FC]
+    found = loaded.deltas["text_encoder"][_FC]
+    assert isinstance(expected, LowRank) and isinstance(found, LowRank)
+    assert torch.equal(found.down, expected.down)
 
 
 def test_a_reader_meets_a_whole_delta_while_others_write(
@@ -431,11 +469,7 @@ def test_a_reader_meets_a_whole_delta_while_others_write(
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        loaded = WeightDelta.load(saved)
-        expected = deltas[loaded.meta.settings["seed"]].deltas["text_encoder"][_FC]
-        found = loaded.deltas["text_encoder"][_FC]
-        assert isinstance(expected, LowRank) and isinstance(found, LowRank)
-        assert torch.equal(found.down, expected.down)
+        _load_one_of(saved, deltas)
     assert [writer.exitcode for writer in writers] == [0, 0]
 
 

@@ -3,11 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from unweave.emoji_world.tokenizer import MAX_TOKENS, build_tokenizer, world_words
+from unweave.emoji_world.train.clip import build_clip
 from unweave.emoji_world.train.diffusion import build_scheduler, build_unet
 from unweave.emoji_world.train.loop import Recipe, train
-from unweave.emoji_world.train.vae import build_vae
+from unweave.emoji_world.train.pool import encoded_pool
+from unweave.emoji_world.train.recogniser import noise_images
+from unweave.emoji_world.train.vae import build_vae, train_decoder
 
 RECIPE = Recipe(steps=12, batch_size=4, learning_rate=1e-2, checkpoint_every=3)
 
@@ -66,3 +70,46 @@ def test_the_networks_fit_together() -> None:
         output = unet(latents, torch.tensor([999]), torch.zeros(1, MAX_TOKENS, 128)).sample
     assert latents.shape == output.shape == (1, 4, 16, 16)
     assert scheduler.alphas_cumprod[-1] == 0
+
+
+def test_a_pool_is_encoded_once_and_draws_repeat(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    vae = build_vae()
+    text_encoder = CLIPTextModel(build_clip(tokenizer).config.text_config)
+    pool = encoded_pool(vae, text_encoder, tokenizer, 6, tmp_path, seed=0)
+    again = encoded_pool(vae, text_encoder, tokenizer, 6, tmp_path, seed=0)
+    assert torch.equal(pool.latents, again.latents) and torch.equal(pool.states, again.states)
+    draws = [pool.draw(5, 0.5, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
+    latents, states = draws[0]
+    assert latents.shape == (5, 4, 16, 16) and states.shape == (5, MAX_TOKENS, 128)
+    dropped = [bool((row == pool.empty.float()).all()) for row in states]
+    assert 0 < sum(dropped) < 5
+    all_empty = pool.draw(5, 1.0, torch.Generator())[1]
+    assert bool((all_empty == pool.empty.float()).all())
+
+
+def test_a_pool_of_another_encoder_is_made_anew(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(build_clip(tokenizer).config.text_config)
+    first = encoded_pool(build_vae(), text_encoder, tokenizer, 2, tmp_path, seed=0)
+    second = encoded_pool(build_vae(), text_encoder, tokenizer, 2, tmp_path, seed=0)
+    assert not torch.equal(first.latents, second.latents)
+
+
+def test_training_the_decoder_further_leaves_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae().half()
+    vae.save_pretrained(tmp_path / "vae")
+    recipe = Recipe(steps=2, batch_size=2, learning_rate=1e-3)
+    trained = train_decoder(recipe, tmp_path / "work", tmp_path / "vae").half().state_dict()
+    same = {name for name, value in vae.state_dict().items() if torch.equal(value, trained[name])}
+    encoder = {n for n in trained if n.startswith(("encoder.", "quant_conv."))}
+    assert encoder <= same and not same >= set(trained)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_images_have_every_grain(seed: int) -> None:
+    images = noise_images(3, torch.Generator().manual_seed(seed))
+    assert images.shape == (3, 3, 64, 64) and images.min() >= 0 and images.max() <= 1

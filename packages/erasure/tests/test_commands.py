@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unweave.diffusion_core import pipelines
 from unweave.diffusion_core.pipelines import base_model_hash
 from unweave.diffusion_core.testing import tiny_pipeline
-from unweave.erasure import Erasure, commands
+from unweave.erasure import Erasure, commands, erase_run
 
 cli = pytest.importorskip("unweave.cli")
 emoji_world = pytest.importorskip("unweave.emoji_world")
@@ -47,7 +47,7 @@ def unweave(tmp_path, monkeypatch):
 def shipped(monkeypatch):
     """Put a tiny pipeline and a judge of brightness in the place of emoji-world's."""
     monkeypatch.setattr(pipelines, "load_pipeline", lambda *_, **__: tiny_pipeline())
-    monkeypatch.setattr(commands, "load_judge", lambda kind: bright)
+    monkeypatch.setattr(erase_run, "load_judge", lambda kind: bright)
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def test_styles_are_judged_as_styles(unweave, shipped, monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(emoji_world, "load_recogniser", Recogniser)
-    judge = commands.load_judge("style")
+    judge = erase_run.load_judge("style")
     images = torch.zeros(3, 3, 64, 64)
     assert judge(images, "twemoji").tolist() == [True] * 3
     assert judge(images, "noto").tolist() == [False] * 3
@@ -393,7 +393,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_saved(unweave, saved_erasure, mo
 
 def test_a_failing_judge_leaves_the_earlier_output(unweave, saved_erasure, monkeypatch):
     before = digests(saved_erasure)
-    monkeypatch.setattr(commands, "load_judge", lambda kind: lambda images, concept: images)
+    monkeypatch.setattr(erase_run, "load_judge", lambda kind: lambda images, concept: images)
     refused(unweave(*ERASE_CAT, "--out", saved_erasure), "`judge`")
     assert digests(saved_erasure) == before
 

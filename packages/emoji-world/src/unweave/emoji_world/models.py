@@ -109,14 +109,23 @@ def store_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
     from transformers import CLIPTextModel
 
     save_fp16(model, folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "pipeline/tokenizer")
+    for place in (folder / "clip", folder / "pipeline/tokenizer"):
+        save_tokenizer(tokenizer, place)
     encoder = folder / "pipeline/text_encoder"
     config = CLIPTextModel(model.config.text_config).config
     config.architectures = ["CLIPTextModel"]
     config.save_pretrained(encoder)
     tower = {k: v for k, v in model.state_dict().items() if k.startswith("text_model.")}
     save_file(_half(tower), encoder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Writes the tokenizer with the `vocab.json` and `merges.txt` that transformers 4 reads."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
 
 
 def _half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

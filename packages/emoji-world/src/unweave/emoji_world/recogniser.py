@@ -25,7 +25,7 @@ class Recogniser(nn.Module):
     scene do not dilute one another. `threshold` turns probabilities into detections.
     """
 
-    def __init__(self, concepts: tuple[str, ...], width: int = 40, threshold: float = 0.5) -> None:
+    def __init__(self, concepts: tuple[str, ...], width: int = 32, threshold: float = 0.5) -> None:
         super().__init__()
         self.concepts_known, self.threshold = concepts, threshold
         self.trunk = nn.Sequential(

@@ -1,4 +1,7 @@
-"""`python -m unweave.emoji_world.train {vae,clip,recogniser,diffusion} --recipe {cpu,gpu}`."""
+"""`python -m unweave.emoji_world.train MODEL --recipe {cpu,gpu}`.
+
+MODEL is `vae`, `decoder`, `clip`, `recogniser` or `diffusion`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from unweave.emoji_world.train import clip, diffusion, recogniser, vae
 
 RECIPES = {
     "vae": vae.RECIPES,
+    "decoder": vae.DECODER_RECIPES,
     "clip": clip.RECIPES,
     "recogniser": recogniser.RECIPES,
     "diffusion": diffusion.RECIPES,
@@ -32,12 +36,14 @@ def main() -> None:
     pipeline = options.out / "pipeline"
     if options.model == "vae":
         save_fp16(vae.train_vae(recipe, work), pipeline / "vae")
+    elif options.model == "decoder":
+        save_fp16(vae.train_decoder(recipe, work, pipeline / "vae"), pipeline / "vae")
     elif options.model == "clip":
         store_clip(*clip.train_clip(recipe, work), options.out)
     elif options.model == "recogniser":
         save_recogniser(recogniser.train_recogniser(recipe, work), options.out / "recogniser")
     else:
-        diffusion.train_diffusion(recipe, work, pipeline)
+        diffusion.train_diffusion(recipe, diffusion.POOL_SIZES[options.recipe], work, pipeline)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 RECIPES = {
-    "cpu": Recipe(steps=2_500, batch_size=96, learning_rate=1e-3),
+    "cpu": Recipe(steps=1_600, batch_size=96, learning_rate=1e-3),
     "gpu": Recipe(steps=20_000, batch_size=512, learning_rate=1e-3, ema=0.999),
 }
 WIDTH = 128

@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from unweave.emoji_world.models import save_fp16
-from unweave.emoji_world.train.batches import DEVICE, SceneBatches
+from unweave.emoji_world.train.batches import DEVICE
 from unweave.emoji_world.train.loop import Recipe, train
-from unweave.emoji_world.world import World
+from unweave.emoji_world.train.pool import encoded_pool
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 RECIPES = {
-    "cpu": Recipe(steps=24_000, batch_size=24, learning_rate=1.2e-3, ema=0.999),
-    "gpu": Recipe(steps=60_000, batch_size=512, learning_rate=1.2e-3, ema=0.9995),
+    "cpu": Recipe(steps=12_000, batch_size=32, learning_rate=1.2e-3, ema=0.999, cool_down=0.25),
+    "gpu": Recipe(steps=60_000, batch_size=512, learning_rate=1.2e-3, ema=0.9995, cool_down=0.25),
 }
+POOL_SIZES = {"cpu": 48_000, "gpu": 400_000}
 EMPTY_PROMPT_RATE = 0.1
 
 
@@ -34,7 +36,7 @@ def build_unet(text_width: int = 128) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        attention_head_dim=4,
+        attention_head_dim=2,
         norm_num_groups=8,
         cross_attention_dim=text_width,
     )
@@ -56,42 +58,26 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def train_diffusion(recipe: Recipe, work: Path, pipeline_folder: Path) -> None:
+def train_diffusion(recipe: Recipe, pool_size: int, work: Path, pipeline_folder: Path) -> None:
     """Trains the denoiser on the folder's own `vae` and `text_encoder`, then completes the folder.
 
     Raises:
         FileNotFoundError: when the autoencoder or the CLIP was not trained before.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import StableDiffusionPipeline
 
-    for needed, model in (("vae", "vae"), ("text_encoder", "clip")):
-        if not (pipeline_folder / needed).exists():
-            raise FileNotFoundError(f"train {model!r} first: {pipeline_folder / needed} is missing")
-    vae = AutoencoderKL.from_pretrained(pipeline_folder / "vae", use_safetensors=True).float()
-    text_encoder = CLIPTextModel.from_pretrained(
-        pipeline_folder / "text_encoder", dtype=torch.float32, use_safetensors=True
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder / "tokenizer")
-    vae.requires_grad_(False).eval().to(DEVICE)
-    text_encoder.requires_grad_(False).eval().to(DEVICE)
+    vae, text_encoder, tokenizer = _frozen_parts(pipeline_folder)
     torch.manual_seed(recipe.seed)
     unet, scheduler = build_unet(), build_scheduler()
-    batches = SceneBatches(recipe.batch_size, seed=recipe.seed, concepts=World.trained)
+    pool = encoded_pool(
+        vae, text_encoder, tokenizer, pool_size, work / "diffusion", seed=recipe.seed
+    )
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        batch = batches[step]
-        count = len(batch.scenes)
-        dropped = torch.rand(count, generator=generator) < EMPTY_PROMPT_RATE
-        prompts = ["" if d else c for d, c in zip(dropped.tolist(), batch.captions, strict=True)]
-        with torch.no_grad():
-            latents = vae.encode(batch.images).latent_dist.sample(generator)
-            latents = latents * vae.config.scaling_factor
-            tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-            states = text_encoder(tokens.input_ids.to(DEVICE)).last_hidden_state
+        latents, states = pool.draw(recipe.batch_size, EMPTY_PROMPT_RATE, generator)
         noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
         timesteps = torch.randint(
-            0, scheduler.config.num_train_timesteps, (count,), generator=generator
+            0, scheduler.config.num_train_timesteps, (recipe.batch_size,), generator=generator
         ).to(DEVICE)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
@@ -111,3 +97,19 @@ def train_diffusion(recipe: Recipe, work: Path, pipeline_folder: Path) -> None:
     save_fp16(unet, pipeline_folder / "unet")
     scheduler.save_pretrained(pipeline_folder / "scheduler")
     pipe.save_config(pipeline_folder)
+
+
+def _frozen_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    for needed, model in (("vae", "vae"), ("text_encoder", "clip")):
+        if not (folder / needed).exists():
+            raise FileNotFoundError(f"train {model!r} first: {folder / needed} is missing")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True).float()
+    text_encoder = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32, use_safetensors=True
+    )
+    for part in (vae, text_encoder):
+        part.requires_grad_(False).eval().to(DEVICE)
+    return vae, text_encoder, CLIPTokenizer.from_pretrained(folder / "tokenizer")

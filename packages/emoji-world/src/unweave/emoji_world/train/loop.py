@@ -20,12 +20,17 @@ StepFunction = Callable[[int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train; `ema` is the decay of the averaged weights."""
+    """How long and how fast to train; `ema` is the decay of the averaged weights.
+
+    The learning rate warms up over the first twentieth of the steps, stays, and falls over the
+    last `cool_down` of them.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
     ema: float = 0.995
+    cool_down: float = 0.95
     seed: int = 0
     checkpoint_every: int = 200
 
@@ -49,9 +54,12 @@ def train(model: nn.Module, loss_at: StepFunction, recipe: Recipe, folder: Path)
     model.train()
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as bar:
         task = bar.add_task(folder.name, total=recipe.steps, completed=first, loss="")
+        losses: list[float] = []
         for step in range(first, recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * one_cycle(step / recipe.steps)
+                group["lr"] = recipe.learning_rate * learning_rate_factor(
+                    step / recipe.steps, recipe.cool_down
+                )
             generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
             torch.manual_seed(recipe.seed * 1_000_003 + step)
             loss = loss_at(step, generator)
@@ -62,18 +70,27 @@ def train(model: nn.Module, loss_at: StepFunction, recipe: Recipe, folder: Path)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             _update_average(average, model, min(recipe.ema, (step + 1) / (step + 10)))
-            bar.update(task, completed=step + 1, loss=f"{loss.item():.4f}")
+            losses.append(loss.item())
+            bar.update(task, completed=step + 1, loss=f"{losses[-1]:.4f}")
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-                _checkpoint(folder, step + 1, loss.item(), recipe, model, average, optimizer)
+                mean = sum(losses) / len(losses)
+                bar.console.print(f"{folder.name}: step {step + 1}, mean loss {mean:.5f}")
+                _checkpoint(folder, step + 1, mean, recipe, model, average, optimizer)
+                losses.clear()
     model.load_state_dict(average)
     model.cpu().eval()
 
 
-def one_cycle(progress: float, warm_up: float = 0.05) -> float:
-    """Learning-rate factor: linear warm-up, then a cosine down to a hundredth."""
+def learning_rate_factor(progress: float, cool_down: float, warm_up: float = 0.05) -> float:
+    """Linear warm-up, a plateau of 1, then half a cosine down to a hundredth.
+
+    >>> [round(learning_rate_factor(p, 0.5), 3) for p in (0.025, 0.3, 0.75, 1.0)]
+    [0.52, 1.0, 0.505, 0.01]
+    """
     if progress < warm_up:
         return (progress + 1e-3) / warm_up
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+    falling = max(0.0, progress - (1 - cool_down)) / cool_down
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))
 
 
 @torch.no_grad()
