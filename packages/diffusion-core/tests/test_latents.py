@@ -164,3 +164,18 @@ def test_encoding_refuses_other_shapes_and_ranges(
 ) -> None:
     with pytest.raises(ImageError, match="images"):
         encode_images(pipe.vae, images, None)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "image"])
+def test_without_a_crop_the_whole_image_is_squeezed_into_the_square(kind: str) -> None:
+    pixels = torch.zeros(3, 8, 24)
+    pixels[:, :, :8] = 1
+    source = (
+        pixels
+        if kind == "tensor"
+        else Image.fromarray((pixels.permute(1, 2, 0) * 255).byte().numpy())
+    )
+    assert load_images(source, 8).max() == -1
+    squeezed = load_images(source, 8, center_crop=False)
+    assert squeezed.shape == (1, 3, 8, 8) and squeezed[..., 0].min() > 0.9
+    assert squeezed[..., 4:].max() < -0.9

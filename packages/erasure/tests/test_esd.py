@@ -75,6 +75,18 @@ def test_only_the_chosen_parameters_change(pipe, trainable):
         assert (fingerprint(pipe.text_encoder), fingerprint(pipe.vae)) == before[1:]
 
 
+def test_norms_are_never_trained(pipe):
+    """The official code trains linear and convolution layers only, in every variant."""
+    norms = [m for m in pipe.unet.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    everything = trainable_parameters(pipe.unet, "esd-all")
+    assert norms and not of_norms & {id(parameter) for parameter in everything.values()}
+    assert len(everything) + len(of_norms) == len(list(pipe.unet.parameters()))
+    crossing = trainable_parameters(pipe.unet, "esd-x")
+    rest = trainable_parameters(pipe.unet, "esd-u")
+    assert crossing.keys() | rest.keys() == everything.keys() and not crossing.keys() & rest.keys()
+
+
 def test_training_moves_the_prediction_to_the_target(pipe):
     parameters = trainable_parameters(pipe.unet, "esd-x")
     teacher = Denoiser(frozen_teacher(pipe.unet, parameters), pipe.scheduler)

@@ -17,12 +17,11 @@ from unweave.diffusion_core.testing import tiny_pipeline
 from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 from unweave.erasure.evaluation import (
     NEUTRAL_PROMPTS,
-    ErasureEvaluation,
-    Rate,
     evaluate_erasure,
     pooled_pixels,
     recogniser_judge,
 )
+from unweave.erasure.evaluation_result import ErasureEvaluation, Rate
 from unweave.erasure.protocol import Erasure, ErasureRequest
 
 Judge = Callable[[Tensor, str], Tensor]

@@ -49,13 +49,15 @@ from unweave.diffusion_core.pipelines import MODELS, base_model_hash, generate, 
 from unweave.diffusion_core.prompts import (
     OBJECT_TEMPLATES,
     STYLE_TEMPLATES,
+    PromptStates,
+    encode_conditions,
     encode_prompts,
     fill,
     subject_token_positions,
 )
 from unweave.diffusion_core.report import Report, image_grid
 from unweave.diffusion_core.teacher import frozen_teacher
-from unweave.diffusion_core.testing import tiny_pipeline
+from unweave.diffusion_core.testing import tiny_pipeline, tiny_xl_pipeline
 from unweave.diffusion_core.tokens import add_tokens, load_tokens, save_token, train_token_rows
 from unweave.diffusion_core.training import TrainingState, batch_indices, run_training
 from unweave.diffusion_core.trajectories import partial_trajectory
@@ -77,6 +79,7 @@ __all__ = [
     "PipelineError",
     "Prediction",
     "PromptError",
+    "PromptStates",
     "Report",
     "SelectionError",
     "TrainingState",
@@ -95,6 +98,7 @@ __all__ = [
     "clip_features",
     "clip_score",
     "denoising_loss",
+    "encode_conditions",
     "encode_images",
     "encode_prompts",
     "fid",
@@ -123,6 +127,7 @@ __all__ = [
     "sha256_of",
     "subject_token_positions",
     "tiny_pipeline",
+    "tiny_xl_pipeline",
     "to_kohya_key",
     "token_embedding_override",
     "train_only",

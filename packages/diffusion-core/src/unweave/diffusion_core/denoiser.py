@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unweave.diffusion_core.errors import PipelineError, SelectionError
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from unweave.diffusion_core.pipelines import Pipeline
+from unweave.diffusion_core.prompts import PromptStates
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -62,6 +61,9 @@ class Prediction:
 class Denoiser:
     """A U-Net with the noise schedule and the kind of prediction it was trained for.
 
+    `vae_scale_factor` is the number of pixels along a side of an image for each position of the
+    latents: U-Nets of XL are told the size of the image.
+
     >>> from unweave.diffusion_core.testing import tiny_pipeline
     >>> denoiser = Denoiser.from_pipeline(tiny_pipeline("v_prediction"))
     >>> noisy = torch.randn(2, 4, 16, 16)
@@ -74,6 +76,7 @@ class Denoiser:
 
     unet: nn.Module
     scheduler: Any
+    vae_scale_factor: int = 8
 
     def __post_init__(self) -> None:
         if getattr(self.scheduler, "alphas_cumprod", None) is None:
@@ -89,9 +92,9 @@ class Denoiser:
             )
 
     @classmethod
-    def from_pipeline(cls, pipe: StableDiffusionPipeline) -> Denoiser:
+    def from_pipeline(cls, pipe: Pipeline) -> Denoiser:
         """Return the denoiser made of the U-Net and the scheduler of `pipe`, shared, not copied."""
-        return cls(pipe.unet, pipe.scheduler)
+        return cls(pipe.unet, pipe.scheduler, pipe.vae_scale_factor)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -128,14 +131,22 @@ class Denoiser:
         alpha, sigma = self.rates(t, clean)
         return alpha * clean + sigma * noise
 
-    def predict(self, noisy: Tensor, t: Tensor, hidden_states: Tensor) -> Prediction:
-        """Run the U-Net on `noisy` (n, C, h, w) at `t` under text states (n, tokens, width).
+    def predict(self, noisy: Tensor, t: Tensor, hidden_states: Tensor | PromptStates) -> Prediction:
+        """Run the U-Net on `noisy` (n, C, h, w) at `t` under the states of n prompts or of one.
 
-        Text states of one prompt, (1, tokens, width), serve for all n latents.
+        `hidden_states` is (n or 1, tokens, width), or what `encode_conditions` returns: U-Nets of
+        XL need the pooled states too, and are told that the image is whole and not resized. Raises
+        `PipelineError` when pooled states are missing.
         """
         alpha, sigma = self.rates(t, noisy)
-        states = hidden_states.expand(len(noisy), -1, -1)
-        raw = self.unet(noisy, _expand(t, noisy), states, return_dict=False)[0]
+        states = PromptStates.of(hidden_states).expand(len(noisy))
+        raw = self.unet(
+            noisy,
+            _expand(t, noisy),
+            states.hidden_states,
+            return_dict=False,
+            **self._added_conditions(noisy, states),
+        )[0]
         return Prediction(noisy, alpha, sigma, raw, self.prediction_type)
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -146,6 +157,21 @@ class Denoiser:
             return clean
         alpha, sigma = self.rates(t, clean)
         return alpha * noise - sigma * clean
+
+    def _added_conditions(self, noisy: Tensor, states: PromptStates) -> dict[str, Any]:
+        """Return the further arguments of XL's U-Nets: pooled states, original and target size."""
+        config = getattr(self.unet, "config", None)
+        if getattr(config, "addition_embed_type", None) != "text_time":
+            return {}
+        if states.pooled is None:
+            raise PipelineError(
+                "the U-Net of Stable Diffusion XL reads pooled states beside the hidden states: "
+                "give what encode_conditions(pipe, prompts) returns, not a tensor"
+            )
+        height, width = (side * self.vae_scale_factor for side in noisy.shape[-2:])
+        time_ids = states.hidden_states.new_tensor([height, width, 0, 0, height, width])
+        time_ids = time_ids.expand(len(noisy), -1)
+        return {"added_cond_kwargs": {"text_embeds": states.pooled, "time_ids": time_ids}}
 
 
 def classifier_free(uncond: Prediction, cond: Prediction, scale: float) -> Prediction:

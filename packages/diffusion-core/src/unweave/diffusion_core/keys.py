@@ -16,6 +16,9 @@ from unweave.diffusion_core.errors import SelectionError
 if TYPE_CHECKING:
     from torch.nn import Parameter
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""The text encoders that a pipeline can have, by component name; Stable Diffusion XL has both."""
+
 _PREFIX = "text_model."
 _KOHYA_COMPONENTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
 _KOHYA_FACTORS = {
@@ -34,6 +37,11 @@ def canonical_text_encoder_key(key: str) -> str:
     if key.startswith((_PREFIX, "text_projection.")):
         return key
     return _PREFIX + key
+
+
+def canonical_key(component: str, key: str) -> str:
+    """Return the name that a file gives to parameter `key` of a pipeline component."""
+    return canonical_text_encoder_key(key) if component in TEXT_ENCODERS else key
 
 
 def native_text_encoder_key(key: str, text_encoder: nn.Module) -> str:
@@ -75,5 +83,5 @@ def base_parameters(component: str, module: nn.Module) -> dict[str, Parameter]:
         if ".lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        found[canonical_text_encoder_key(name) if component == "text_encoder" else name] = parameter
+        found[canonical_key(component, name)] = parameter
     return found

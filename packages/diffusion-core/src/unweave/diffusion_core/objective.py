@@ -9,12 +9,13 @@ from torch import Tensor
 
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.errors import ImageError, SelectionError
+from unweave.diffusion_core.prompts import PromptStates
 
 
 def denoising_loss(
     denoiser: Denoiser,
     clean_latents: Tensor,
-    hidden_states: Tensor,
+    hidden_states: Tensor | PromptStates,
     t: Tensor,
     noise: Tensor,
     *,
@@ -24,11 +25,11 @@ def denoising_loss(
 ) -> Tensor:
     """Return the mean squared error of the raw prediction, in float32 or better.
 
-    `clean_latents` and `noise` are (n, C, h, w), `hidden_states` (n or 1, tokens, width) and `t`
-    (n,). The weights `mask`, (n or 1, 1 or C, h, w) and not negative, make each sample's error a
-    weighted mean over its positions. `min_snr_gamma` weighs samples as in arXiv 2303.09556. With
-    `reduction="none"` the losses of the samples come back, (n,). Raises `ImageError` for a mask of
-    another shape or without any weight.
+    `clean_latents` and `noise` are (n, C, h, w) and `t` is (n,); `hidden_states` of n prompts or
+    one are as in `Denoiser.predict`. The weights `mask`, (n or 1, 1 or C, h, w) and not negative,
+    make each sample's error a weighted mean over its positions. `min_snr_gamma` weighs samples as
+    in arXiv 2303.09556. With `reduction="none"` the losses of the samples come back, (n,). Raises
+    `ImageError` for a mask of another shape or without any weight.
     """
     if reduction not in ("mean", "none"):
         raise SelectionError(f'`reduction` must be "mean" or "none", got {reduction!r}')

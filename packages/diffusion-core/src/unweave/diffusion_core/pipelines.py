@@ -8,31 +8,40 @@ import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from unweave.diffusion_core.errors import NonFiniteError, PipelineError, PromptError
 from unweave.diffusion_core.files import load_tensors
-from unweave.diffusion_core.keys import base_parameters, canonical_text_encoder_key
+from unweave.diffusion_core.keys import TEXT_ENCODERS, base_parameters, canonical_key
 from unweave.diffusion_core.originals import original_weights
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
+"""The pipelines that unweave works on: Stable Diffusion 1.x and 2.x, and XL."""
 
 MODELS: dict[str, str] = {
     "emoji-world": "64x64 emoji scenes in four styles; small enough to train and erase on a CPU"
 }
 """Models that come with unweave, by name, with one sentence about each."""
 
-HASHED_COMPONENTS = ("unet", "text_encoder")
-"""The components whose weights make up `base_model_hash`."""
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-_PIPELINE_CLASS = "StableDiffusionPipeline"
+_SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+_PARTS = {
+    "StableDiffusionPipeline": _SD_PARTS,
+    "StableDiffusionXLPipeline": (*_SD_PARTS, "text_encoder_2", "tokenizer_2"),
+}
+_NO_SAFETY_CHECKER = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 
 
 def load_pipeline(
@@ -40,16 +49,17 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion 1.x or 2.x pipeline, without safety checker and without pickle.
+) -> Pipeline:
+    """Load a Stable Diffusion 1.x, 2.x or XL pipeline, without safety checker and without pickle.
 
     `name` is a key of `MODELS`, a diffusers folder, or a Hugging Face id "owner/model". Raises
     `PipelineError` when it is none of them, when the folder is damaged, when it has no
-    safetensors weights, or when it asks for classes outside diffusers and transformers.
+    safetensors weights, when it asks for classes outside diffusers and transformers, or when it is
+    the refiner of XL, which lacks the first text encoder.
     """
     source = _locate(name)
-    _check_index(_read_index(source), str(name))
-    pipe = _from_pretrained(source, str(name))
+    pipeline_class = _checked_class(_read_index(source), str(name))
+    pipe = _from_pretrained(source, str(name), pipeline_class)
     if isinstance(source, Path):
         _check_loaded_weights(source, pipe)
     try:
@@ -63,7 +73,7 @@ def load_pipeline(
 
 
 def generate(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
@@ -100,16 +110,27 @@ def generate(
     return result
 
 
-def base_model_hash(pipe: StableDiffusionPipeline) -> str:
+def base_model_hash(pipe: Pipeline) -> str:
     """Return the SHA-256 over names, types, shapes and bytes of U-Net and text-encoder weights.
 
     The hash names the base model: it is the same whether weight deltas are applied or not, and
     whatever version of transformers loaded the model. Another dtype gives another hash.
     """
-    return hash_weights({name: base_weights(pipe, name) for name in HASHED_COMPONENTS})
+    return hash_weights({name: base_weights(pipe, name) for name in hashed_components(pipe)})
 
 
-def base_weights(pipe: StableDiffusionPipeline, component: str) -> dict[str, Tensor]:
+def hashed_components(pipe: Pipeline) -> tuple[str, ...]:
+    """Return the components whose weights make up `base_model_hash`."""
+    return ("unet", *text_encoders(pipe))
+
+
+def text_encoders(pipe: Pipeline) -> dict[str, nn.Module]:
+    """Return the text encoders of `pipe` by component name: one, or two for XL."""
+    found = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def base_weights(pipe: Pipeline, component: str) -> dict[str, Tensor]:
     """Return the weights of a component by canonical name as they are without any delta."""
     module = getattr(pipe, component)
     current = {name: weight.detach() for name, weight in base_parameters(component, module).items()}
@@ -139,7 +160,7 @@ def _locate(name: str | Path) -> str | Path:
     if usable and path.is_file():
         raise PipelineError(
             f"{text!r} is a file; `name` must be a diffusers folder with a model_index.json. "
-            f"Convert a single-file checkpoint with {_PIPELINE_CLASS}.from_single_file(...)"
+            f"Convert a single-file checkpoint with {' or '.join(_PARTS)}.from_single_file(...)"
             ".save_pretrained(folder)"
         )
     looks_like_path = isinstance(name, Path) or text.startswith((".", "~", "/", "\\"))
@@ -190,40 +211,45 @@ def _read_index(source: str | Path) -> dict[str, Any]:
     return index
 
 
-def _check_index(index: Mapping[str, Any], name: str) -> None:
-    """Refuse pipelines of other families and classes that would run code beside the model."""
-    pipeline_class = index.get("_class_name")
-    if pipeline_class != _PIPELINE_CLASS:
+def _checked_class(index: Mapping[str, Any], name: str) -> str:
+    """Return the pipeline's class; refuse other families and code that comes with a model."""
+    pipeline_class = str(index.get("_class_name"))
+    parts = {key: entry for key, entry in index.items() if entry != [None, None]}
+    if pipeline_class.startswith("StableDiffusionXL") and "text_encoder" not in parts:
         raise PipelineError(
-            f"{name!r} is a {pipeline_class!r}; unweave works on a {_PIPELINE_CLASS} (Stable "
-            "Diffusion 1.x and 2.x)"
+            f"{name!r} has no first text encoder, as the refiner of Stable Diffusion XL; load the "
+            "base model, such as stabilityai/stable-diffusion-xl-base-1.0"
         )
-    for component, entry in index.items():
+    if pipeline_class not in _PARTS:
+        raise PipelineError(
+            f"{name!r} is a {pipeline_class!r}; unweave works on {' and '.join(_PARTS)} (Stable "
+            "Diffusion 1.x, 2.x and XL)"
+        )
+    for component, entry in parts.items():
         if component.startswith("_") or not isinstance(entry, list):
-            continue
-        if entry == [None, None]:
             continue
         if len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
             raise PipelineError(
                 f"{name!r} asks for the class {entry!r} as {component!r}, which is neither in "
                 "diffusers nor in transformers; unweave never runs code that comes with a model"
             )
-    missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if part not in index]
+    missing = [part for part in _PARTS[pipeline_class] if part not in parts]
     if missing:
         raise PipelineError(f"the model_index.json of {name!r} has no {missing[0]!r}")
+    return pipeline_class
 
 
-def _from_pretrained(source: str | Path, name: str) -> StableDiffusionPipeline:
-    from diffusers import StableDiffusionPipeline
+def _from_pretrained(source: str | Path, name: str, pipeline_class: str) -> Pipeline:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    is_xl = pipeline_class == "StableDiffusionXLPipeline"
+    family = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
     try:
-        pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+        pipe: Pipeline = family.from_pretrained(
             source,
             use_safetensors=True,
             local_files_only=isinstance(source, Path),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **({} if is_xl else _NO_SAFETY_CHECKER),
         )
     except Exception as error:
         raise PipelineError(
@@ -234,26 +260,30 @@ def _from_pretrained(source: str | Path, name: str) -> StableDiffusionPipeline:
     return pipe
 
 
-def _check_loaded_weights(folder: Path, pipe: StableDiffusionPipeline) -> None:
+def _check_loaded_weights(folder: Path, pipe: Pipeline) -> None:
     """Put every saved text-encoder weight in place, and refuse files that lack weights.
 
     Across the renaming of transformers 5.6 its loader can leave weights random with no more than
     a warning.
     """
-    path = folder / "text_encoder" / "model.safetensors"
-    if path.is_file():
-        saved = load_tensors(path)
-        by_name = {canonical_text_encoder_key(name): tensor for name, tensor in saved.items()}
-        for name, parameter in base_parameters("text_encoder", pipe.text_encoder).items():
-            _require(name, by_name, path)
-            with torch.no_grad():
-                parameter.copy_(by_name[name])
+    for component, module in text_encoders(pipe).items():
+        path = folder / component / "model.safetensors"
+        if path.is_file():
+            _put_in_place(component, module, path)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if path.is_file():
         with safe_open(path, "pt") as file:
             names = set(file.keys())
         for name in base_parameters("unet", pipe.unet):
             _require(name, names, path)
+
+
+def _put_in_place(component: str, text_encoder: nn.Module, path: Path) -> None:
+    saved = {canonical_key(component, name): tensor for name, tensor in load_tensors(path).items()}
+    for name, parameter in base_parameters(component, text_encoder).items():
+        _require(name, saved, path)
+        with torch.no_grad():
+            parameter.copy_(saved[name])
 
 
 def _require(name: str, names: Container[str], path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from unweave.diffusion_core.errors import PromptError
+from unweave.diffusion_core.pipelines import Pipeline
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
 OBJECT_TEMPLATES: tuple[str, ...] = (
@@ -83,20 +85,88 @@ def fill(template: str, concept: str) -> str:
     return template.replace("{}", concept)
 
 
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """Return the last hidden states of `prompts`, (n, tokens, width), as the pipeline makes them.
+@dataclass(frozen=True)
+class PromptStates:
+    """What a U-Net reads of n prompts: a state for each token and, in XL, one pooled state.
 
+    `hidden_states` is (n, tokens, width); `pooled` is (n, width of the pooled state), None for
+    Stable Diffusion 1.x and 2.x. Raises `PromptError` for other shapes.
+
+    >>> states = PromptStates(torch.zeros(1, 77, 56), torch.zeros(1, 24)).expand(3)
+    >>> states.hidden_states.shape, states.pooled.shape
+    (torch.Size([3, 77, 56]), torch.Size([3, 24]))
+    """
+
+    hidden_states: Tensor
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the two fit each other."""
+        pooled = None if self.pooled is None else tuple(self.pooled.shape)
+        fits = pooled is None or (len(pooled) == 2 and pooled[0] == len(self.hidden_states))
+        if self.hidden_states.ndim != 3 or not fits:
+            raise PromptError(
+                "`hidden_states` must be (n, tokens, width) and `pooled` (n, width) or None, got "
+                f"{tuple(self.hidden_states.shape)} and {pooled}"
+            )
+
+    @classmethod
+    def of(cls, states: Tensor | PromptStates) -> PromptStates:
+        """Return `states` themselves, or hidden states (n, tokens, width) without pooled ones."""
+        return states if isinstance(states, PromptStates) else cls(states)
+
+    @classmethod
+    def cat(cls, parts: Sequence[PromptStates]) -> PromptStates:
+        """Return the states of all `parts` after one another; pooled if all of them are."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return cls(
+            torch.cat([part.hidden_states for part in parts]),
+            torch.cat(pooled) if len(pooled) == len(parts) else None,
+        )
+
+    def expand(self, count: int) -> PromptStates:
+        """Return the states of one prompt `count` times, or those of `count` prompts as they are.
+
+        Memory is shared, not copied.
+        """
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return PromptStates(self.hidden_states.expand(count, -1, -1), pooled)
+
+
+def encode_prompts(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
+    """Return the hidden states of `prompts`, (n, tokens, width), as the pipeline makes them.
+
+    They are those of `encode_conditions`, which has the pooled states of XL beside them.
+    """
+    return encode_conditions(pipe, prompts).hidden_states
+
+
+def encode_conditions(pipe: Pipeline, prompts: Sequence[str]) -> PromptStates:
+    """Return what the U-Net of `pipe` reads of n `prompts`, as the pipeline makes it.
+
+    For Stable Diffusion 1.x and 2.x these are the last hidden states of the text encoder; for XL
+    the last but one of both text encoders, side by side, and the pooled state of the second.
     Prompts are padded and cut to the tokenizer's length, and learned tokens of several vectors are
-    spelled out. Gradients flow to the text encoder unless the caller turns them off. The empty
-    prompt is allowed; an empty list is a `PromptError`.
+    spelled out. Gradients flow to the text encoders unless the caller turns them off. The empty
+    prompt is encoded as any other, although an XL pipeline without negative prompt may take zeros
+    for it (`force_zeros_for_empty_prompt`). Raises `PromptError` for an empty list.
+
+    >>> from unweave.diffusion_core.testing import tiny_pipeline
+    >>> encode_conditions(tiny_pipeline(), ["a cat", ""]).hidden_states.shape
+    torch.Size([2, 77, 32])
     """
     if isinstance(prompts, str) or not prompts:
         raise PromptError(f"`prompts` must be a list of at least one prompt, got {prompts!r}")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise PromptError(f"every prompt must be text, got {prompt!r}")
-    states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
-    return cast(Tensor, states)
+    hidden_states, _, *pooled = pipe.encode_prompt(
+        list(prompts),
+        device=pipe.text_encoder.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    return PromptStates(hidden_states, pooled[0] if pooled else None)
 
 
 def subject_token_positions(tokenizer: CLIPTokenizer, prompt: str, phrase: str) -> list[int]:

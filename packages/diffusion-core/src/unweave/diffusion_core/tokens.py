@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unweave.diffusion_core.errors import ArtifactError, NonFiniteError, PromptError, SelectionError
+from unweave.diffusion_core.errors import (
+    ArtifactError,
+    NonFiniteError,
+    PipelineError,
+    PromptError,
+    SelectionError,
+)
 from unweave.diffusion_core.files import load_metadata, load_tensors, safe_name, save_tensors
+from unweave.diffusion_core.pipelines import text_encoders
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -33,7 +40,8 @@ def add_tokens(
     `initializer`, (width,) or (number of tokens, width), or as the mean of all embeddings. Old
     embeddings and the meaning of old prompts stay as they were. Raises `PromptError`, before
     anything is changed, for a token that is empty, exists, is longer than 100 characters, or holds
-    spaces or control characters.
+    spaces or control characters, and `PipelineError` for Stable Diffusion XL, whose second text
+    encoder would not know the token.
 
     >>> from unweave.diffusion_core.testing import tiny_pipeline
     >>> add_tokens(tiny_pipeline(), ["<my-cat>"], "cat")
@@ -41,6 +49,11 @@ def add_tokens(
     """
     if isinstance(tokens, str) or not tokens:
         raise PromptError(f"`tokens` must be a list of at least one token, got {tokens!r}")
+    if len(text_encoders(pipe)) > 1:
+        raise PipelineError(
+            f"this {type(pipe).__name__} has two text encoders, and a learned token is for the one "
+            "of Stable Diffusion 1.x and 2.x; give such a pipeline"
+        )
     tokenizer, text_encoder = pipe.tokenizer, pipe.text_encoder
     _check_tokens(tokenizer, tokens)
     rows = _initial_rows(pipe, len(tokens), initializer)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from unweave.diffusion_core.denoiser import Denoiser, Prediction, classifier_free
 from unweave.diffusion_core.errors import NonFiniteError, SelectionError
+from unweave.diffusion_core.prompts import PromptStates
 
 
 @torch.no_grad()
 def partial_trajectory(
     denoiser: Denoiser,
     scheduler: Any,
-    hidden_cond: Tensor,
-    hidden_uncond: Tensor,
+    hidden_cond: Tensor | PromptStates,
+    hidden_uncond: Tensor | PromptStates,
     *,
     stop_step: int,
     num_inference_steps: int,
@@ -25,10 +26,10 @@ def partial_trajectory(
 ) -> tuple[Tensor, Tensor]:
     """Take `stop_step` of `num_inference_steps` deterministic DDIM steps (arXiv 2010.02502).
 
-    `noise` is (n, C, h, w); text states are (n or 1, tokens, width). Returns the latents and the
-    timestep (n,) at which the model would look at them next; stopped at step 0 they are `noise`.
-    The timesteps are those of `scheduler`'s settings under DDIM; `scheduler` is not changed.
-    Raises `SelectionError` unless 0 <= stop_step < num_inference_steps.
+    `noise` is (n, C, h, w); states of n prompts or one are as in `Denoiser.predict`. Returns the
+    latents and the timestep (n,) at which the model would look at them next; stopped at step 0
+    they are `noise`. The timesteps are those of `scheduler`'s settings under DDIM; `scheduler` is
+    not changed. Raises `SelectionError` unless 0 <= stop_step < num_inference_steps.
     """
     if not 0 <= stop_step < num_inference_steps:
         raise SelectionError(
@@ -64,14 +65,16 @@ def _guided(
     denoiser: Denoiser,
     latents: Tensor,
     t: Tensor,
-    hidden_cond: Tensor,
-    hidden_uncond: Tensor,
+    hidden_cond: Tensor | PromptStates,
+    hidden_uncond: Tensor | PromptStates,
     guidance_scale: float,
 ) -> Prediction:
     if guidance_scale == 1:
         return denoiser.predict(latents, t, hidden_cond)
-    states = [hidden.expand(len(latents), -1, -1) for hidden in (hidden_uncond, hidden_cond)]
-    both = denoiser.predict(torch.cat([latents] * 2), t, torch.cat(states))
+    states = PromptStates.cat(
+        [PromptStates.of(given).expand(len(latents)) for given in (hidden_uncond, hidden_cond)]
+    )
+    both = denoiser.predict(torch.cat([latents] * 2), t, states)
     uncond, cond = (
         Prediction(noisy, alpha, sigma, raw, both.prediction_type)
         for noisy, alpha, sigma, raw in zip(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,15 @@ from unweave.diffusion_core.files import (
     save_tensors,
     write_manifest,
 )
-from unweave.diffusion_core.keys import base_parameters, canonical_text_encoder_key
+from unweave.diffusion_core.keys import base_parameters, canonical_key
 from unweave.diffusion_core.originals import edits_of
 from unweave.diffusion_core.pipelines import (
-    HASHED_COMPONENTS,
+    Pipeline,
     base_model_hash,
     base_weights,
     hash_weights,
+    hashed_components,
 )
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 DELTA_FILE = "delta.safetensors"
 _PACKAGES = ("unweave-diffusion-core", "torch", "diffusers", "transformers")
@@ -119,7 +117,7 @@ class DeltaMeta:
 class AppliedDelta:
     """A delta that is applied to a pipeline until `revert` or the end of a `with` block."""
 
-    def __init__(self, delta: WeightDelta, pipe: StableDiffusionPipeline) -> None:
+    def __init__(self, delta: WeightDelta, pipe: Pipeline) -> None:
         """Remember what was applied to which pipeline."""
         self.delta = delta
         self._pipe = pipe
@@ -141,8 +139,8 @@ class AppliedDelta:
 class WeightDelta:
     """Changes of parameters, {component: {parameter name: tensor or `LowRank`}}, with their origin.
 
-    Names in "text_encoder" are kept in the canonical `text_model.` form and found in whatever
-    form the installed transformers version uses. Tensors are kept on the CPU.
+    Names in text encoders are kept in the canonical `text_model.` form and found in whatever form
+    the installed transformers version uses. Tensors are kept on the CPU.
     """
 
     def __init__(
@@ -154,7 +152,7 @@ class WeightDelta:
         """
         self._deltas = {
             component: {
-                _canonical(component, name): _own_copy(component, name, change)
+                canonical_key(component, name): _own_copy(component, name, change)
                 for name, change in changes.items()
             }
             for component, changes in deltas.items()
@@ -169,7 +167,7 @@ class WeightDelta:
     def from_weights(
         cls,
         before: Mapping[str, Mapping[str, Tensor]],
-        pipe: StableDiffusionPipeline,
+        pipe: Pipeline,
         *,
         method: str,
         settings: Mapping[str, Any] | None = None,
@@ -180,11 +178,11 @@ class WeightDelta:
         that are bit-identical are left out. The base model is the pipeline with `before` in it.
         """
         deltas: dict[str, dict[str, Change]] = {}
-        base = {name: base_weights(pipe, name) for name in HASHED_COMPONENTS}
+        base = {name: base_weights(pipe, name) for name in hashed_components(pipe)}
         for component, state in before.items():
             current = base_parameters(component, _component(pipe, component))
             for given, old in state.items():
-                name = _canonical(component, given)
+                name = canonical_key(component, given)
                 if name not in current:
                     continue
                 new = current[name].detach()
@@ -211,9 +209,7 @@ class WeightDelta:
         """Whether every change is stored as low-rank factors, hence exactly a LoRA."""
         return all(isinstance(change, LowRank) for _, _, change in self._items())
 
-    def apply(
-        self, pipe: StableDiffusionPipeline, strength: float = 1.0, *, strict: bool = True
-    ) -> AppliedDelta:
+    def apply(self, pipe: Pipeline, strength: float = 1.0, *, strict: bool = True) -> AppliedDelta:
         """Add `strength` times the changes to the weights of `pipe`, keeping the originals.
 
         Deltas add up: with several applied, weights are the originals plus every delta in the
@@ -236,7 +232,7 @@ class WeightDelta:
             _recompute(component, module, changes)
         return AppliedDelta(self, pipe)
 
-    def revert(self, pipe: StableDiffusionPipeline) -> None:
+    def revert(self, pipe: Pipeline) -> None:
         """Take this delta out of `pipe`; without any delta left, weights are the stored originals.
 
         Raises `UnweaveError` when the delta is not applied to `pipe`.
@@ -249,7 +245,7 @@ class WeightDelta:
             edits.active = [pair for pair in edits.active if pair[0] is not self]
             _recompute(component, module, changes)
 
-    def is_applied(self, pipe: StableDiffusionPipeline) -> bool:
+    def is_applied(self, pipe: Pipeline) -> bool:
         """Return whether this very object is applied to `pipe` now."""
         return any(
             delta is self
@@ -379,7 +375,7 @@ class WeightDelta:
                 tensors[key] = change
         return tensors
 
-    def _check_base(self, pipe: StableDiffusionPipeline) -> None:
+    def _check_base(self, pipe: Pipeline) -> None:
         found = base_model_hash(pipe)
         if found != self.meta.base_hash:
             raise ArtifactError(
@@ -388,7 +384,7 @@ class WeightDelta:
                 "the same model in the same dtype, or pass strict=False to apply it all the same"
             )
 
-    def _check_parameters(self, pipe: StableDiffusionPipeline) -> None:
+    def _check_parameters(self, pipe: Pipeline) -> None:
         for component, changes in self._deltas.items():
             parameters = base_parameters(component, _component(pipe, component))
             for name, change in changes.items():
@@ -407,15 +403,11 @@ class WeightDelta:
                     )
 
 
-def _component(pipe: StableDiffusionPipeline, component: str) -> nn.Module:
+def _component(pipe: Pipeline, component: str) -> nn.Module:
     module = getattr(pipe, component, None)
     if not isinstance(module, nn.Module):
         raise ArtifactError(f"the pipeline has no model called {component!r} to change")
     return module
-
-
-def _canonical(component: str, name: str) -> str:
-    return canonical_text_encoder_key(name) if component == "text_encoder" else name
 
 
 def _own_copy(component: str, name: str, change: Change) -> Change:

@@ -2,7 +2,8 @@
 
 from unweave.erasure.closed_form import ClosedFormEdit, closed_form_edit
 from unweave.erasure.esd import ESD, ESD_SUBSETS, ESDConfig, esd_loss
-from unweave.erasure.evaluation import ErasureEvaluation, evaluate_erasure
+from unweave.erasure.evaluation import evaluate_erasure
+from unweave.erasure.evaluation_result import ErasureEvaluation
 from unweave.erasure.few_shot import TEXT_ENCODER_SUBSETS, FewShotConfig, FewShotErasing
 from unweave.erasure.methods import METHODS, RECIPES, make_eraser
 from unweave.erasure.protocol import Eraser, Erasure, ErasureRequest

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.errors import SelectionError
 from unweave.diffusion_core.parameters import select_parameters, train_only
-from unweave.diffusion_core.pipelines import base_model_hash
-from unweave.diffusion_core.prompts import encode_prompts, fill
+from unweave.diffusion_core.pipelines import Pipeline, base_model_hash, text_encoders
+from unweave.diffusion_core.prompts import PromptStates, encode_conditions, fill
 from unweave.diffusion_core.teacher import frozen_teacher
 from unweave.diffusion_core.training import run_training
 from unweave.diffusion_core.trajectories import partial_trajectory
@@ -27,16 +27,13 @@ from unweave.erasure.protocol import (
     restored,
 )
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
 ESD_SUBSETS = {
     "esd-x": "cross-attention",
     "esd-x-strict": "cross-attention-kv",
     "esd-u": "not-cross-attention",
     "esd-all": "all",
 }
-"""The U-Net parameters that each variant of ESD trains, as roles of `select_parameters`."""
+"""Where each variant of ESD trains linear and convolution layers, by `select_parameters`' roles."""
 
 _FORMS = ("erase-from", "paper")
 
@@ -81,6 +78,9 @@ class ESDConfig:
 class ESD:
     """Erase by training the U-Net to predict, for the concept, the opposite of what it adds.
 
+    The empty prompt is encoded as any other, as in the authors' code, also for Stable Diffusion XL,
+    which may itself take zeros for it.
+
     >>> ESD(ESDConfig(trainable="esd-u")).config.num_steps
     200
     """
@@ -94,7 +94,7 @@ class ESD:
 
     def erase(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: Pipeline,
         request: ErasureRequest,
         *,
         seed: int = 0,
@@ -106,7 +106,7 @@ class ESD:
         check_trainable(parameters)
         base_hash = base_model_hash(pipe)
         with restored(parameters) as originals:
-            with train_only([pipe.unet, pipe.text_encoder, pipe.vae], parameters):
+            with train_only([pipe.unet, *text_encoders(pipe).values(), pipe.vae], parameters):
                 history = self._train(pipe, request, parameters, seed, progress)
             changes = changes_since(originals, parameters)
         delta = WeightDelta({"unet": changes}, DeltaMeta(base_hash, self.name, asdict(self.config)))
@@ -114,7 +114,7 @@ class ESD:
 
     def _train(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: Pipeline,
         request: ErasureRequest,
         parameters: dict[str, nn.Parameter],
         seed: int,
@@ -122,7 +122,7 @@ class ESD:
     ) -> list[float]:
         config = self.config
         student = Denoiser.from_pipeline(pipe)
-        teacher = Denoiser(frozen_teacher(pipe.unet, parameters), pipe.scheduler)
+        teacher = replace(student, unet=frozen_teacher(pipe.unet, parameters))
         conditions = self._conditions(pipe, request)
         shape = (1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
 
@@ -140,7 +140,7 @@ class ESD:
                     ),
                     num_inference_steps=config.num_inference_steps,
                     guidance_scale=config.guidance_scale,
-                    noise=torch.randn(shape, generator=generator).to(concept),
+                    noise=torch.randn(shape, generator=generator).to(concept.hidden_states),
                 )
             return esd_loss(student, teacher, noisy, t, concept, start, empty, config.eta)
 
@@ -150,16 +150,16 @@ class ESD:
         )
 
     def _conditions(
-        self, pipe: StableDiffusionPipeline, request: ErasureRequest
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the text states of (concept, start of the target, empty prompt) by template."""
+        self, pipe: Pipeline, request: ErasureRequest
+    ) -> list[tuple[PromptStates, PromptStates, PromptStates]]:
+        """Return the states of (concept, start of the target, empty prompt) by template."""
         start = "" if self.config.form == "paper" else request.replacement or request.target
         with torch.no_grad():
-            empty = encode_prompts(pipe, [""])
+            empty = encode_conditions(pipe, [""])
             return [
                 (
-                    encode_prompts(pipe, [fill(template, request.target)]),
-                    encode_prompts(pipe, [fill(template, start)]) if start else empty,
+                    encode_conditions(pipe, [fill(template, request.target)]),
+                    encode_conditions(pipe, [fill(template, start)]) if start else empty,
                     empty,
                 )
                 for template in self.config.templates
@@ -167,10 +167,16 @@ class ESD:
 
 
 def trainable_parameters(unet: nn.Module, trainable: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an ESD variant. Raises `SelectionError` when there are none."""
+    """Return the parameters of an ESD variant: of linear and convolution layers, never of norms.
+
+    Raises `SelectionError` when there are none.
+    """
     if trainable not in ESD_SUBSETS:
         raise SelectionError(f"`trainable` must be one of {tuple(ESD_SUBSETS)}, got {trainable!r}")
-    return select_parameters(unet, ESD_SUBSETS[trainable])
+    layers = [part for part in unet.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    weights = {id(parameter) for part in layers for parameter in part.parameters(recurse=False)}
+    chosen = select_parameters(unet, ESD_SUBSETS[trainable])
+    return {name: parameter for name, parameter in chosen.items() if id(parameter) in weights}
 
 
 def esd_loss(
@@ -178,16 +184,16 @@ def esd_loss(
     teacher: Denoiser,
     noisy: Tensor,
     t: Tensor,
-    concept: Tensor,
-    start: Tensor,
-    empty: Tensor,
+    concept: Tensor | PromptStates,
+    start: Tensor | PromptStates,
+    empty: Tensor | PromptStates,
     eta: float,
 ) -> Tensor:
     """Return the mean || raw(x_t, concept) - target ||^2 with the target from the frozen teacher.
 
     The target is raw*(start) - eta [raw*(concept) - raw*(empty)], in the quantity the model
     predicts: noise as in the paper, or velocity, in which the same combination holds since its
-    coefficients sum to one. `noisy` is (n, C, h, w), text states are (n, tokens, width).
+    coefficients sum to one. `noisy` is (n, C, h, w), states are as in `Denoiser.predict`.
     """
     with torch.no_grad():
         towards = teacher.predict(noisy, t, concept).raw - teacher.predict(noisy, t, empty).raw

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unweave.diffusion_core.denoiser import Denoiser
-from unweave.diffusion_core.errors import SelectionError
+from unweave.diffusion_core.errors import PipelineError, SelectionError
 from unweave.diffusion_core.latents import encode_images, load_images
 from unweave.diffusion_core.objective import denoising_loss
 from unweave.diffusion_core.parameters import select_parameters, train_only
-from unweave.diffusion_core.pipelines import base_model_hash, generate
+from unweave.diffusion_core.pipelines import base_model_hash, generate, text_encoders
 from unweave.diffusion_core.prompts import (
     OBJECT_TEMPLATES,
     STYLE_TEMPLATES,
@@ -51,7 +51,8 @@ class FewShotConfig:
     Learning rates suit CLIP ViT-L/14; small text encoders need larger ones. `trainable` is one of
     `TEXT_ENCODER_SUBSETS`. With `latents="noise"` no images are used (experimental). Without
     images in the request, `num_images` are generated from the target's name with
-    `guidance_scale` and `num_inference_steps`. `resolution` None is the pipeline's own.
+    `guidance_scale` and `num_inference_steps`. `resolution` None is the pipeline's own; images of
+    another shape are squeezed into its square unless `center_crop`.
     `templates` None are the 27 object or 19 style templates of diffusion-core.
     """
 
@@ -68,6 +69,7 @@ class FewShotConfig:
     num_images: int = 4
     flip_probability: float = 0.5
     resolution: int | None = None
+    center_crop: bool = False
     templates: tuple[str, ...] | None = None
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
@@ -124,9 +126,10 @@ class FewShotErasing:
     ) -> Erasure:
         """Train the chosen part of the text encoder; `pipe` has its old weights back at the end.
 
-        Images, templates, timesteps and noise depend on `seed` alone.
+        Images, templates, timesteps and noise depend on `seed` alone. Raises `PipelineError` for
+        Stable Diffusion XL, which has two text encoders.
         """
-        check_pipeline(pipe)
+        _check_text_encoder(pipe)
         config = self.config
         parameters = select_parameters(pipe.text_encoder, config.trainable)
         check_trainable(parameters)
@@ -232,6 +235,7 @@ def clean_latents(
     images = load_images(
         request.images if request.images is not None else _generated(pipe, request, config, seed),
         resolution,
+        center_crop=config.center_crop,
     )
     generator = torch.Generator().manual_seed(seed)
     flipped = torch.rand(len(images), generator=generator) < config.flip_probability
@@ -239,6 +243,15 @@ def clean_latents(
     with torch.no_grad():
         latents = encode_images(pipe.vae, images, generator)
     return latents.detach(), "given" if given else "generated"
+
+
+def _check_text_encoder(pipe: StableDiffusionPipeline) -> None:
+    check_pipeline(pipe)
+    if len(text_encoders(pipe)) > 1:
+        raise PipelineError(
+            f"this {type(pipe).__name__} has two text encoders, and few-shot erasing trains the "
+            "one of Stable Diffusion 1.x and 2.x; the erasers uce and esd work on XL"
+        )
 
 
 def _generated(

@@ -24,10 +24,10 @@ from unweave.diffusion_core.errors import (
 from unweave.diffusion_core.files import atomic_write_bytes, read_manifest, save_tensors
 from unweave.diffusion_core.keys import base_parameters, canonical_text_encoder_key
 from unweave.diffusion_core.lora import save_lora
+from unweave.diffusion_core.pipelines import Pipeline
 from unweave.diffusion_core.weight_delta import AppliedDelta, LowRank, WeightDelta
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
 TEXT_ENCODER_FOLDER = "text_encoder"
@@ -78,7 +78,7 @@ class Eraser(Protocol):
 
     def erase(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: Pipeline,
         request: ErasureRequest,
         *,
         seed: int = 0,
@@ -112,7 +112,7 @@ class Erasure:
         self._base_text_encoder = base_text_encoder
         self._text_encoder_folder: Path | None = None
 
-    def apply(self, pipe: StableDiffusionPipeline, strength: float = 1.0) -> AppliedDelta:
+    def apply(self, pipe: Pipeline, strength: float = 1.0) -> AppliedDelta:
         """Erase the concept in `pipe`; `strength` scales the edit.
 
         The result undoes it at the end of a `with` block. Raises `ArtifactError` on another base
@@ -120,7 +120,7 @@ class Erasure:
         """
         return self.delta.apply(pipe, strength)
 
-    def revert(self, pipe: StableDiffusionPipeline) -> None:
+    def revert(self, pipe: Pipeline) -> None:
         """Restore the weights of `pipe` bit by bit. Raises `UnweaveError` when not applied."""
         self.delta.revert(pipe)
 
@@ -201,13 +201,14 @@ class Erasure:
             atomic_write_bytes(folder / LOSS_FILE, table.getvalue().encode())
 
 
-def check_pipeline(pipe: StableDiffusionPipeline) -> None:
-    """Raise `PipelineError` for pipelines with several text encoders, which are not covered."""
-    if getattr(pipe, "text_encoder_2", None) is not None or not hasattr(pipe, "unet"):
-        raise PipelineError(
-            f"a {type(pipe).__name__} has several text encoders or no U-Net; erasers work on "
-            "Stable Diffusion 1.x and 2.x pipelines"
-        )
+def check_pipeline(pipe: Pipeline) -> None:
+    """Raise `PipelineError` for a pipeline without U-Net or without its first text encoder."""
+    for part in ("unet", "text_encoder"):
+        if getattr(pipe, part, None) is None:
+            raise PipelineError(
+                f"this {type(pipe).__name__} has no `{part}`; erasers work on Stable Diffusion "
+                "1.x, 2.x and XL pipelines, not on refiners and not on transformers"
+            )
 
 
 def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:

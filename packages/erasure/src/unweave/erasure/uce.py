@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from unweave.diffusion_core.errors import SelectionError
 from unweave.diffusion_core.parameters import select_parameters
-from unweave.diffusion_core.pipelines import base_model_hash
+from unweave.diffusion_core.pipelines import Pipeline, base_model_hash
 from unweave.diffusion_core.prompts import encode_prompts, fill, subject_token_positions
 from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 from unweave.erasure.closed_form import ClosedFormEdit, closed_form_edit
@@ -22,9 +22,6 @@ from unweave.erasure.protocol import (
     check_number,
     check_pipeline,
 )
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 UCE_TEMPLATES = (
     "{}",
@@ -78,7 +75,9 @@ class UCE:
     """Erase by moving the keys and values of a concept to those of a guide, in under a second.
 
     The guide is `request.replacement`, or else "" for objects and "art" for styles. Concepts in
-    `request.preserve` keep their keys and values. The erasure is exactly a LoRA.
+    `request.preserve` keep their keys and values. The erasure is exactly a LoRA. In Stable
+    Diffusion XL keys and values are those of both text encoders' states; the pooled state, which
+    reaches the U-Net beside the cross-attention, is not edited.
 
     >>> UCE(UCEConfig(regularisation=0.1)).config.erase_scale
     1.0
@@ -93,7 +92,7 @@ class UCE:
 
     def erase(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: Pipeline,
         request: ErasureRequest,
         *,
         seed: int = 0,
@@ -111,7 +110,7 @@ class UCE:
         meta = DeltaMeta(base_model_hash(pipe), self.name, asdict(self.config))
         return Erasure(WeightDelta({"unet": changes}, meta), request)
 
-    def solve(self, pipe: StableDiffusionPipeline, request: ErasureRequest) -> ClosedFormEdit:
+    def solve(self, pipe: Pipeline, request: ErasureRequest) -> ClosedFormEdit:
         """Return the edit of `request` that the key and value matrices of all layers share."""
         config = self.config
         guide = _GUIDES[request.kind] if request.replacement is None else request.replacement
@@ -140,9 +139,7 @@ class UCE:
         )
 
 
-def subject_states(
-    pipe: StableDiffusionPipeline, template: str, subject: str, positions: str
-) -> Tensor:
+def subject_states(pipe: Pipeline, template: str, subject: str, positions: str) -> Tensor:
     """Return the states (n, width) that stand for `subject` in a prompt; see `UCEConfig`.
 
     The subject may be empty, as the guide "" is: its last token is then the last before the end
@@ -155,7 +152,7 @@ def subject_states(
     return states[last : last + 1] if positions == "last-subject-token" else states[last:]
 
 
-def last_subject_token(pipe: StableDiffusionPipeline, prompt: str, subject: str) -> int:
+def last_subject_token(pipe: Pipeline, prompt: str, subject: str) -> int:
     """Return the position of the last token of `subject` in `prompt`, counting the start token."""
     if subject.strip():
         return subject_token_positions(pipe.tokenizer, prompt, subject)[-1]

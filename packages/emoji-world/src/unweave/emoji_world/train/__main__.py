@@ -6,9 +6,12 @@ MODEL is `vae`, `decoder`, `clip`, `recogniser` or `diffusion`.
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from unweave.emoji_world.models import MODELS_PATH, save_fp16, save_recogniser, store_clip
 from unweave.emoji_world.train import clip, diffusion, recogniser, vae
@@ -30,6 +33,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODELS_PATH, help="models folder to write")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unweave/emoji-world")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--warm-start", action="store_true", help="diffusion: begin with the weights in --out"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe, work = RECIPES[options.model][options.recipe], options.work / options.recipe
@@ -44,6 +50,22 @@ def main() -> None:
         save_recogniser(recogniser.train_recogniser(recipe, work), options.out / "recogniser")
     else:
         diffusion.train_diffusion(recipe, diffusion.POOL_SIZES[options.recipe], work, pipeline)
+    _record(options.out / "training.json", options.model, work, options.warm_start)
+
+
+def _record(path: Path, model: str, work: Path, warm_start: bool) -> None:
+    """Notes beside the weights by which recipe they were made and what its loss was at the end."""
+    with safe_open(work / model / "state.safetensors", "pt") as file:
+        header = file.metadata()
+    records = json.loads(path.read_text()) if path.exists() else {}
+    records[model] = {
+        "recipe": json.loads(header["recipe"]),
+        "mean_loss_at_the_end": round(float(header["loss"]), 5),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "started_from": records.get(model) if warm_start else None,
+    }
+    path.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

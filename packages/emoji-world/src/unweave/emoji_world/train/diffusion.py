@@ -22,7 +22,7 @@ RECIPES = {
     "cpu": Recipe(steps=12_000, batch_size=32, learning_rate=1.2e-3, ema=0.999, cool_down=0.25),
     "gpu": Recipe(steps=60_000, batch_size=512, learning_rate=1.2e-3, ema=0.9995, cool_down=0.25),
 }
-POOL_SIZES = {"cpu": 48_000, "gpu": 400_000}
+POOL_SIZES = {"cpu": 24_000, "gpu": 400_000}
 EMPTY_PROMPT_RATE = 0.1
 
 
@@ -58,8 +58,12 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def train_diffusion(recipe: Recipe, pool_size: int, work: Path, pipeline_folder: Path) -> None:
+def train_diffusion(
+    recipe: Recipe, pool_size: int, work: Path, pipeline_folder: Path, warm_start: bool = False
+) -> None:
     """Trains the denoiser on the folder's own `vae` and `text_encoder`, then completes the folder.
+
+    With `warm_start` it begins with the folder's own `unet` instead of random weights.
 
     Raises:
         FileNotFoundError: when the autoencoder or the CLIP was not trained before.
@@ -69,6 +73,9 @@ def train_diffusion(recipe: Recipe, pool_size: int, work: Path, pipeline_folder:
     vae, text_encoder, tokenizer = _frozen_parts(pipeline_folder)
     torch.manual_seed(recipe.seed)
     unet, scheduler = build_unet(), build_scheduler()
+    if warm_start:
+        stored = type(unet).from_pretrained(pipeline_folder / "unet", use_safetensors=True)
+        unet.load_state_dict(stored.float().state_dict())
     pool = encoded_pool(
         vae, text_encoder, tokenizer, pool_size, work / "diffusion", seed=recipe.seed
     )
