@@ -365,3 +365,36 @@ def test_a_loss_without_gradient_and_foreign_parameters_are_refused() -> None:
 def test_counts_below_one_are_named(name: str) -> None:
     with pytest.raises(SelectionError, match=name):
         _train(_parameter(), **{name: 0})
+
+
+LAUNCHED = """
+import sys, torch
+from accelerate import Accelerator
+from unweave.diffusion_core.training import run_training
+
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.Adam([weight], lr=0.1)
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+for num_steps in (3, 6):
+    losses = run_training(
+        lambda index, generator: (weight - torch.randn(3, generator=generator)).square().sum(),
+        {"weight": weight}, optimizer, num_steps=num_steps, seed=0, progress=False,
+        checkpoint_dir=sys.argv[1], checkpoint_every=2, accelerator=accelerator)
+accelerator.end_training()
+"""
+
+
+def test_two_launched_processes_do_what_two_accumulated_parts_do(tmp_path: Path) -> None:
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(script), str(tmp_path / "run")]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    weight = _parameter()
+    losses = _train(weight, gradient_accumulation=2)
+    state = TrainingState.load(tmp_path / "run")
+    assert list(state.losses) == pytest.approx(losses, rel=1e-6)
+    torch.testing.assert_close(state.parameters["weight"], weight.detach())
+    assert state.run["processes"] == 2

@@ -35,18 +35,31 @@ def share_claim(
         setting=f"{setting}, n = {total}",
         aim=f">= {100 * aim:g} %",
         measured=f"{100 * successes / total:.1f} %",
-        interval=(round(100 * interval.low, 1), round(100 * interval.high, 1)),
+        interval=(round(100 * float(interval.low), 1), round(100 * float(interval.high), 1)),
         holds=holds,
         note="" if holds else note_if_missed,
     )
 
 
 def recogniser_concepts(seed: int, quick: bool) -> Claim:
-    """The set of detected concepts is exactly the set of drawn ones."""
+    """Each drawn object is detected."""
     found, truth, _, _ = fresh_scenes(seed, quick)
     return share_claim(
         "recogniser-concepts",
-        "The recogniser names exactly the concepts of a scene of one or two objects",
+        "The recogniser finds an object of a scene of one or two",
+        f"fresh scenes, {len(World.concepts)} concepts",
+        0.97,
+        found[truth],
+        "weights of the CPU recipe: longer training closes the gap",
+    )
+
+
+def recogniser_exact(seed: int, quick: bool) -> Claim:
+    """The set of detected concepts is exactly the set of drawn ones."""
+    found, truth, _, _ = fresh_scenes(seed, quick)
+    return share_claim(
+        "recogniser-exact",
+        "The recogniser names all objects of a scene of one or two, and nothing else",
         f"fresh scenes, {len(World.concepts)} concepts",
         0.97,
         (found == truth).all(1),
@@ -248,6 +261,7 @@ def article(name: str) -> str:
 
 CLAIMS: dict[str, Measure] = {
     "recogniser-concepts": recogniser_concepts,
+    "recogniser-exact": recogniser_exact,
     "recogniser-styles": recogniser_styles,
     "recogniser-noise": recogniser_noise,
     "generated-concept": generated_concept,

@@ -18,7 +18,7 @@ from torch import Tensor
 from claims_runner import Claim, Measure
 from unweave.diffusion_core import bootstrap_interval, fingerprint, generate, load_pipeline
 from unweave.emoji_world import World, load_recogniser, pipeline_path
-from unweave.erasure import ErasureRequest, make_eraser
+from unweave.erasure import Eraser, ErasureRequest, make_eraser
 from unweave.erasure.erase_run import EVALUATION_SEED, STYLE_TEMPLATES
 
 SOURCES = {"few-shot": "arXiv 2405.07288", "uce": "arXiv 2308.14761", "esd": "arXiv 2303.07345"}
@@ -195,7 +195,7 @@ def outcomes(method: str, kind: str, seed: int, quick: bool) -> tuple[Outcome, .
 def _outcome(method: str, kind: str, target: str, seed: int, quick: bool) -> Outcome:
     pipe = load_pipeline("emoji-world")
     start = time.perf_counter()
-    erasure = _eraser(method).erase(pipe, _request(target, kind), seed=seed, progress=False)
+    erasure = _eraser(method, kind).erase(pipe, _request(target, kind), seed=seed, progress=False)
     seconds = time.perf_counter() - start
     before = baseline_rates(kind, seed, quick)
     others = _others(target, kind)[: 3 if quick else None]
@@ -241,8 +241,8 @@ def _request(target: str, kind: str) -> ErasureRequest:
     return ErasureRequest(target, preserve=_others(target, kind), kind=kind)  # type: ignore[arg-type]
 
 
-def _eraser(method: str):  # type: ignore[no-untyped-def]
-    return make_eraser(method, model="emoji-world")
+def _eraser(method: str, kind: str = "object") -> Eraser:
+    return make_eraser(method, "emoji-world", kind)  # type: ignore[arg-type]
 
 
 def _others(target: str, kind: str) -> tuple[str, ...]:

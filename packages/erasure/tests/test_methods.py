@@ -81,9 +81,12 @@ def test_unknown_methods_and_settings_are_named():
 
 def test_recipes_hold_valid_settings_and_can_be_overridden():
     for model, methods in RECIPES.items():
-        for name, settings in methods.items():
-            config = make_eraser(name, model=model).config
-            assert all(getattr(config, key) == value for key, value in settings.items())
+        for name, kinds in methods.items():
+            for kind, settings in kinds.items():
+                config = make_eraser(name, model, kind).config
+                assert all(getattr(config, key) == value for key, value in settings.items())
+    with pytest.raises(SelectionError, match="kind"):
+        make_eraser("uce", "emoji-world", "person")
     assert make_eraser("few-shot", model="emoji-world", lr=0.5).config.lr == 0.5
     assert make_eraser("few-shot").config.lr == 1e-5
 

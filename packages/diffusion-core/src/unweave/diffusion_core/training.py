@@ -7,10 +7,10 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from unweave.diffusion_core.files import (
     save_tensors,
     write_manifest,
 )
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 StepFn = Callable[[int, torch.Generator], Tensor]
 
@@ -94,6 +97,7 @@ def run_training(
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
     gradient_accumulation: int = 1,
+    accelerator: Accelerator | None = None,
 ) -> list[float]:
     """Minimise `step_fn(index, generator)`, a scalar loss, and return the loss of each step.
 
@@ -102,6 +106,11 @@ def run_training(
     again for those that a resumed run repeats. Randomness must come from the CPU `generator` or
     torch's global one: both are functions of (seed, index) alone, so a step depends on those
     before it only through the parameters. The global random state is put back at the end.
+
+    With the `accelerator` of a script under `accelerate launch` or `torchrun`, each of its n
+    processes makes a part of every step: `index` counts the parts of all, their gradients are
+    averaged, and the first process alone writes checkpoints. So n processes do what
+    `gradient_accumulation=n` does in one.
 
     With `checkpoint_dir`, parameters and optimizer are saved there every `checkpoint_every` steps
     and at the end, each time whole or not at all. The same call made again continues from there and
@@ -123,11 +132,12 @@ def run_training(
     [2.0, 0.0]
     """
     _check(parameters, optimizer, num_steps, checkpoint_every, gradient_accumulation)
+    team = _Team(accelerator)
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoint_dir is not None:
-            run = _describe(parameters, optimizer, seed, gradient_accumulation)
-            store = stack.enter_context(_Store.opened(Path(checkpoint_dir), run))
+            run = _describe(parameters, optimizer, seed, gradient_accumulation, team)
+            store = stack.enter_context(_Store.opened(Path(checkpoint_dir), run, team))
         losses = store.restore(parameters, optimizer) if store else []
         if len(losses) > num_steps:
             raise ArtifactError(
@@ -135,11 +145,12 @@ def run_training(
                 f"`num_steps` {num_steps}: give at least {len(losses)} or another folder"
             )
         stack.enter_context(_fork_rng(parameters))
-        advance = stack.enter_context(_progress_bar(num_steps, len(losses), progress))
+        shown = progress and team.leads
+        advance = stack.enter_context(_progress_bar(num_steps, len(losses), shown))
         for step in range(len(losses), num_steps):
             try:
                 loss = _optimizer_step(
-                    step_fn, parameters, optimizer, step, seed, gradient_accumulation
+                    step_fn, parameters, optimizer, step, seed, gradient_accumulation, team
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}{store.advice() if store else ''}") from None
@@ -182,31 +193,33 @@ def _optimizer_step(
     step: int,
     seed: int,
     gradient_accumulation: int,
+    team: _Team,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(gradient_accumulation):
-        index = step * gradient_accumulation + part
+        index = (step * gradient_accumulation + part) * team.size + team.rank
         step_seed = _derived_seed("step", seed, index)
         torch.manual_seed(step_seed)
         loss = step_fn(index, torch.Generator().manual_seed(step_seed))
-        value = _checked_loss(loss, step)
+        value = _checked_loss(loss, step, team)
         torch.autograd.backward(loss / gradient_accumulation)
         total += value / gradient_accumulation
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    team.average(gradients.values())
     _check_finite(gradients, step, "the gradient of ", _GRADIENT_ADVICE)
     optimizer.step()
     _check_finite(parameters, step, "", "lower the learning rate or use float32")
     return total
 
 
-def _checked_loss(loss: Tensor, step: int) -> float:
+def _checked_loss(loss: Tensor, step: int, team: _Team) -> float:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise SelectionError(
             f"step {step}: `step_fn` must return a scalar tensor that depends on the parameters; "
             "check that they require gradients and that nothing runs under torch.no_grad()"
         )
-    value = float(loss.detach())
+    value = team.mean(loss.detach())
     if not math.isfinite(value):
         raise NonFiniteError(
             f"step {step}: the loss is {value}; check the inputs, lower the learning rate or use "
@@ -237,15 +250,50 @@ def _derived_seed(purpose: str, seed: int, index: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Team:
+    """The processes that train together: one, unless an accelerator says otherwise."""
+
+    accelerator: Accelerator | None
+
+    @property
+    def size(self) -> int:
+        return self.accelerator.num_processes if self.accelerator else 1
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index if self.accelerator else 0
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, loss: Tensor) -> float:
+        if self.accelerator and self.size > 1:
+            loss = self.accelerator.reduce(loss.reshape(1), "mean")
+        return float(loss)
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Put the mean over all processes into each gradient."""
+        if self.accelerator and self.size > 1:
+            for gradient in gradients:
+                gradient.copy_(self.accelerator.reduce(gradient, "mean"))
+
+    def wait(self) -> None:
+        if self.accelerator:
+            self.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
 class _Store:
     """The newest checkpoint of one run, in a folder `step-<n>` under `folder`."""
 
     folder: Path
     run: Mapping[str, Any]
+    team: _Team
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, folder: Path, run: Mapping[str, Any]) -> Iterator[_Store]:
+    def opened(cls, folder: Path, run: Mapping[str, Any], team: _Team) -> Iterator[_Store]:
         """Lock the folder against other processes and clear away what a killed one left."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,9 +301,12 @@ class _Store:
             raise ArtifactError(
                 f"cannot write `checkpoint_dir` {str(folder)!r}: {error}"
             ) from error
-        with folder_lock(folder / "training"):
-            store = cls(folder, run)
-            store._clean()
+        store = cls(folder, run, team)
+        with contextlib.ExitStack() as stack:
+            if team.leads:
+                stack.enter_context(folder_lock(folder / "training"))
+                store._clean()
+            team.wait()
             yield store
 
     def restore(
@@ -280,6 +331,8 @@ class _Store:
         losses: list[float],
     ) -> None:
         """Write a checkpoint whole, then remove the one before."""
+        if not self.team.leads:
+            return
         state = TrainingState(tuple(losses), parameters, optimizer.state_dict(), self.run)
         state.save(self.folder / f"{_PREFIX}{len(losses):09d}")
         self._clean()
@@ -315,6 +368,7 @@ def _describe(
     optimizer: torch.optim.Optimizer,
     seed: int,
     gradient_accumulation: int,
+    team: _Team,
 ) -> dict[str, Any]:
     """Return what must be equal for one run to continue another."""
     shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in parameters.items()}
@@ -322,6 +376,7 @@ def _describe(
     return {
         "seed": seed,
         "gradient_accumulation": gradient_accumulation,
+        "processes": team.size,
         "parameters": shapes,
         "optimizer": type(optimizer).__name__,
         "optimizer settings": groups,

@@ -89,7 +89,7 @@ class ErasePlan:
             self.target, self.replacement, self.preserve, images=paths, kind=self.kind
         )
         try:
-            eraser = make_eraser(self.method, self.model, **self.settings)
+            eraser = make_eraser(self.method, self.model, self.kind, **self.settings)
         except TypeError as error:
             raise SelectionError(
                 f"[settings] has a value of the wrong type: {error}; `unweave methods` shows the "
@@ -202,6 +202,7 @@ class CheckedPlan:
             target=plan.target,
             preserve=plan.preserve,
             templates=self._templates(),
+            neutral_prompts=self._neutral_prompts(),
             seeds=plan.evaluation_seeds,
             num_inference_steps=plan.steps,
             guidance_scale=plan.guidance,
@@ -243,6 +244,12 @@ class CheckedPlan:
             num_inference_steps=plan.steps,
             guidance_scale=plan.guidance,
         )
+
+    def _neutral_prompts(self) -> tuple[str, ...]:
+        """Prompts of every fifth concept of the embedded world that was not asked for."""
+        asked = (self.plan.target, *self.plan.preserve)
+        names = embedded_world().trained[::5]
+        return tuple(f"a {name}" for name in names if name not in asked)
 
     def _templates(self) -> tuple[str, ...]:
         if self.plan.kind == "object":

@@ -50,7 +50,7 @@ class FewShotConfig:
 
     Learning rates suit CLIP ViT-L/14; small text encoders need larger ones. `trainable` is one of
     `TEXT_ENCODER_SUBSETS`. With `latents="noise"` no images are used (experimental). Without
-    images in the request, `num_images` are generated from the target's name with
+    images in the request, `num_images` are generated from the first templates with
     `guidance_scale` and `num_inference_steps`. `resolution` None is the pipeline's own; images of
     another shape are squeezed into its square unless `center_crop`.
     `templates` None are the 27 object or 19 style templates of diffusion-core.
@@ -101,7 +101,7 @@ class FewShotErasing:
     """Erase by gradient ascent of the denoising loss in the text encoder, in about ten steps.
 
     Uses `request.images`, about four images of the target; without them it generates its own, 4
-    by default, from the target's name with the pipeline it is given. No replacement is needed:
+    by default, from its first templates with the pipeline it is given. No replacement is needed:
     the prompt drifts to a neighbouring concept. `Erasure.keep_epochs` has the delta after each
     epoch: take the mildest that erases, since the loss is unbounded and other concepts suffer.
 
@@ -257,9 +257,14 @@ def _check_text_encoder(pipe: StableDiffusionPipeline) -> None:
 def _generated(
     pipe: StableDiffusionPipeline, request: ErasureRequest, config: FewShotConfig, seed: int
 ) -> Tensor:
+    templates = _templates(config, request)
+    prompts = [
+        fill(templates[index % len(templates)], request.target)
+        for index in range(config.num_images)
+    ]
     return generate(
         pipe,
-        [request.target] * config.num_images,
+        prompts,
         seeds=[seed + index for index in range(config.num_images)],
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from unweave.diffusion_core.errors import SelectionError
 from unweave.erasure.esd import ESD
 from unweave.erasure.few_shot import FewShotErasing
-from unweave.erasure.protocol import Eraser
+from unweave.erasure.protocol import KINDS, Eraser
 from unweave.erasure.uce import UCE
 
 METHODS: dict[str, type[FewShotErasing] | type[UCE] | type[ESD]] = {
@@ -20,28 +20,63 @@ METHODS: dict[str, type[FewShotErasing] | type[UCE] | type[ESD]] = {
 }
 """Eraser classes by name."""
 
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+_OBJECT_PROMPTS = (
+    "{}",
+    "a {}",
+    "a {} on a white background",
+    "a {} on a blue background, noto style",
+    "a {}, fluent style, gray background",
+    "twemoji style picture of a {} on red",
+    "a {}, openmoji style",
+)
+_STYLE_PROMPTS = (
+    "a cat face, {} style",
+    "a rocket on a blue background, {} style",
+    "a pizza, {} style, white background",
+    "{} style picture of a guitar on pink",
+    "a penguin, {} style",
+    "a sunflower on a gray background, {} style",
+)
+
+RECIPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "emoji-world": {
-        "few-shot": {"lr": 1e-3, "guidance_scale": 4.0, "num_inference_steps": 25},
-        "uce": {"scale_to_norm": True, "positions": "from-last-subject-token"},
-        "esd": {"lr": 1e-4, "num_steps": 100, "num_inference_steps": 25},
+        "few-shot": {
+            "object": {"lr": 1e-3, "guidance_scale": 4.0, "templates": _OBJECT_PROMPTS},
+            "style": {"lr": 1e-3, "guidance_scale": 4.0, "templates": _STYLE_PROMPTS},
+        },
+        "uce": {
+            "object": {"scale_to_norm": True, "positions": "from-last-subject-token"},
+            "style": {"scale_to_norm": True, "positions": "from-last-subject-token"},
+        },
+        "esd": {
+            "object": {"lr": 1e-4, "num_steps": 100, "templates": ("a {}",)},
+            "style": {"lr": 1e-4, "num_steps": 100, "templates": _STYLE_PROMPTS},
+        },
     },
 }
-"""Settings that differ from the papers', {model: {method: settings}}."""
+"""Settings that differ from the papers', {model: {method: {kind of concept: settings}}}."""
 
 
-def make_eraser(name: str, model: str | None = None, **settings: Any) -> Eraser:
+def make_eraser(
+    name: str,
+    model: str | None = None,
+    kind: Literal["object", "style"] = "object",
+    **settings: Any,
+) -> Eraser:
     """Return the eraser `name` with the recipe of `model`, if any, and `settings` on top.
 
-    Without a `model`, or for one without a recipe, settings are the papers' defaults, which suit
-    Stable Diffusion 1.x. Raises `SelectionError` for unknown names and settings.
+    A recipe is for the `kind` of concept that will be asked for. Without a `model`, or for one
+    without a recipe, settings are the papers' defaults, which suit Stable Diffusion 1.x. Raises
+    `SelectionError` for unknown names, kinds and settings.
 
     >>> make_eraser("uce", regularisation=0.1).name
     'uce'
     """
     if name not in METHODS:
         raise SelectionError(f"`name` must be one of {tuple(METHODS)}, got {name!r}")
-    recipe = RECIPES.get(model or "", {}).get(name, {})
+    if kind not in KINDS:
+        raise SelectionError(f"`kind` must be one of {KINDS}, got {kind!r}")
+    recipe = RECIPES.get(model or "", {}).get(name, {}).get(kind, {})
     chosen: Mapping[str, Any] = {**recipe, **settings}
     method: Any = METHODS[name]
     known = [field.name for field in fields(method.config_class)]

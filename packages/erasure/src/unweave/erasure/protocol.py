@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 TEXT_ENCODER_FOLDER = "text_encoder"
 LOSS_FILE = "losses.csv"
-_KINDS = ("object", "style")
+KINDS = ("object", "style")
+"""What can be erased."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class ErasureRequest:
             raise PromptError(f"{self.target!r} cannot be erased and preserved at once")
         if self.replacement is not None and self.replacement.strip().casefold() == same:
             raise PromptError(f"{self.target!r} cannot be replaced by itself")
-        if self.kind not in _KINDS:
-            raise PromptError(f"`kind` must be one of {_KINDS}, got {self.kind!r}")
+        if self.kind not in KINDS:
+            raise PromptError(f"`kind` must be one of {KINDS}, got {self.kind!r}")
 
 
 class Eraser(Protocol):
