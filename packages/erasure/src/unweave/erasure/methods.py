@@ -38,15 +38,46 @@ _STYLE_PROMPTS = (
     "a sunflower on a gray background, {} style",
 )
 
+_FEW_SHOT = {
+    "epochs": 4,
+    "lr": 5e-4,
+    "num_images": 16,
+    "batch_size": 8,
+    "guidance_scale": 4.0,
+    "num_inference_steps": 25,
+}
+_ANCHORS = (
+    *("", "a cat face", "a dog face", "a panda", "a fox", "a frog", "a lion", "a pig face"),
+    *("a turtle", "a fish", "an octopus", "a butterfly", "a penguin", "a pizza", "a hamburger"),
+    *("a red apple", "a banana", "a strawberry", "a watermelon", "a doughnut", "an ice cream"),
+    *("a carrot", "a rocket", "a car", "a bus", "a bicycle", "a sailboat", "an airplane"),
+    *("a guitar", "a soccer ball", "a basketball", "an umbrella", "a key", "a balloon"),
+    *("a light bulb", "a clock", "a sun", "a star", "a cactus", "a sunflower", "a mushroom"),
+)
+_STYLE_ANCHORS = tuple(
+    f"{prompt}, {style} style"
+    for prompt in ("a cat face", "a rocket on a blue background", "a pizza")
+    for style in ("noto", "twemoji", "openmoji", "fluent")
+)
+_UCE = {
+    "scale_to_norm": True,
+    "positions": "from-last-subject-token",
+    "regularisation": 0.05,
+}
+
 RECIPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "emoji-world": {
         "few-shot": {
-            "object": {"lr": 1e-3, "guidance_scale": 4.0, "templates": _OBJECT_PROMPTS},
-            "style": {"lr": 1e-3, "guidance_scale": 4.0, "templates": _STYLE_PROMPTS},
+            "object": {**_FEW_SHOT, "templates": _OBJECT_PROMPTS},
+            "style": {**_FEW_SHOT, "templates": _STYLE_PROMPTS},
         },
         "uce": {
-            "object": {"scale_to_norm": True, "positions": "from-last-subject-token"},
-            "style": {"scale_to_norm": True, "positions": "from-last-subject-token"},
+            "object": {**_UCE, "templates": ("a {}",), "anchors": _ANCHORS},
+            "style": {
+                **_UCE,
+                "templates": _STYLE_PROMPTS,
+                "anchors": (*_ANCHORS, *_STYLE_ANCHORS),
+            },
         },
         "esd": {
             "object": {"lr": 1e-4, "num_steps": 100, "templates": ("a {}",)},

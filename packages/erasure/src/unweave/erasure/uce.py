@@ -48,7 +48,9 @@ class UCEConfig:
     the erased states, for text encoders whose states have another norm than those of CLIP
     ViT-L/14. `positions` says which states of a prompt enter: that of the subject's last token,
     or, as in the older code, all from there to the end of the prompt. With more `templates` (each
-    with one `{}`) every concept enters once for each.
+    with one `{}`) every concept enters once for each. `anchors` are prompts that keep all of their
+    keys and values beside the concepts a request preserves; those that name its target are left
+    out.
     """
 
     regularisation: float = 0.5
@@ -56,10 +58,12 @@ class UCEConfig:
     preserve_scale: float = 1.0
     positions: Literal["last-subject-token", "from-last-subject-token"] = "last-subject-token"
     templates: tuple[str, ...] = ("{}",)
+    anchors: tuple[str, ...] = ()
     scale_to_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "anchors", tuple(self.anchors))
         check_number("regularisation", self.regularisation, "positive", lambda x: x > 0)
         check_number("erase_scale", self.erase_scale, "positive", lambda x: x > 0)
         check_number("preserve_scale", self.preserve_scale, "at least 0", lambda x: x >= 0)
@@ -128,6 +132,7 @@ class UCE:
             for concept in request.preserve
             for template in config.templates
         ]
+        preserved += anchor_states(pipe, config.anchors, request.target)
         scale = sources.square().sum(1).mean().item() / CLIP_SQUARED_NORM
         return closed_form_edit(
             sources,
@@ -137,6 +142,15 @@ class UCE:
             edit_scale=config.erase_scale,
             preserve_scale=config.preserve_scale,
         )
+
+
+def anchor_states(pipe: Pipeline, anchors: Sequence[str], target: str) -> list[Tensor]:
+    """Return all states (n, width) of the prompts that do not name `target`, one tensor or none."""
+    kept = [prompt for prompt in anchors if target.casefold() not in prompt.casefold()]
+    if not kept:
+        return []
+    with torch.no_grad():
+        return [encode_prompts(pipe, kept).flatten(0, 1)]
 
 
 def subject_states(pipe: Pipeline, template: str, subject: str, positions: str) -> Tensor:
