@@ -270,6 +270,7 @@ def _save_text_encoder(folder: Path, text_encoder: CLIPTextModel) -> None:
     """Write a Hugging Face folder whose keys old and new versions of transformers both read."""
     folder.mkdir(parents=True, exist_ok=True)
     text_encoder.config.architectures = [type(text_encoder).__name__]
+    text_encoder.config.dtype = text_encoder.dtype
     text_encoder.config.save_pretrained(folder)
     tensors = {
         canonical_text_encoder_key(name): tensor
