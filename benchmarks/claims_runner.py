@@ -47,6 +47,84 @@ class Claim:
         if not self.holds and not self.note:
             raise ValueError(f"claim {self.id!r} does not hold: `note` must say why")
 
+    @classmethod
+    def share(
+        cls,
+        id: str,
+        text: str,
+        source: str,
+        setting: str,
+        *,
+        hits: int,
+        total: int,
+        at_least: float,
+        note: str,
+    ) -> Claim:
+        """Claim that a share is at least `at_least` percent, with its Wilson interval.
+
+        `note` says why it may be missed and is kept only if it is.
+        """
+        from scipy.stats import binomtest
+
+        interval = binomtest(hits, total).proportion_ci(method="wilson")
+        holds = 100 * hits / total >= at_least
+        return cls(
+            id=id,
+            text=text,
+            source=source,
+            setting=f"{setting}, n = {total}",
+            aim=f">= {at_least:g} %",
+            measured=f"{100 * hits / total:.1f} %",
+            interval=(round(100 * float(interval.low), 1), round(100 * float(interval.high), 1)),
+            holds=holds,
+            note="" if holds else note,
+        )
+
+    @classmethod
+    def at_most(
+        cls,
+        id: str,
+        text: str,
+        source: str,
+        setting: str,
+        *,
+        value: float,
+        limit: float,
+        unit: str = "",
+        interval: tuple[float, float] | None = None,
+        digits: str = ".1f",
+        note: str,
+    ) -> Claim:
+        """Claim that a number is at most `limit`; `digits` formats it, `note` as in `share`."""
+        return cls(
+            id=id,
+            text=text,
+            source=source,
+            setting=setting,
+            aim=f"<= {limit:g} {unit}".rstrip(),
+            measured=f"{value:{digits}} {unit}".rstrip(),
+            interval=interval,
+            holds=value <= limit,
+            note="" if value <= limit else note,
+        )
+
+    @classmethod
+    def identical(
+        cls, id: str, text: str, source: str, setting: str, *, same: bool, note: str
+    ) -> Claim:
+        """Claim that two things are the same to the last bit; `note` as in `share`."""
+        return cls(
+            id=id,
+            text=text,
+            source=source,
+            setting=setting,
+            aim="identical",
+            measured="identical" if same else "different",
+            interval=None,
+            holds=same,
+            note="" if same else note,
+        )
+
 
 Measure = Callable[[int, bool], Claim]
 

@@ -44,17 +44,13 @@ def resume_after_kills(seed: int, quick: bool) -> Claim:
         killed = sum(_killed_run(parts, chance) for _ in range(kills))
         subprocess.run([sys.executable, "-c", TRAIN, parts], check=True, stdout=subprocess.DEVNULL)
         digests = {sha256_of(Path(folder) / "result.safetensors") for folder in (whole, parts)}
-    same = len(digests) == 1
-    return Claim(
-        id="resume-after-kills",
-        text="Training that is killed at random moments ends with the bytes of an unbroken run",
-        source=SOURCE,
-        setting=f"200 steps, {killed} SIGKILLs, AdamW and dropout, one thread",
-        aim="identical",
-        measured="identical" if same else "different",
-        interval=None,
-        holds=same and killed == kills,
-        note="" if same and killed == kills else f"{killed} of {kills} runs were killed in time",
+    return Claim.identical(
+        "resume-after-kills",
+        "Training that is killed at random moments ends with the bytes of an unbroken run",
+        SOURCE,
+        f"200 steps, {killed} SIGKILLs, AdamW and dropout",
+        same=len(digests) == 1 and killed == kills,
+        note=f"{killed} of {kills} runs were killed before their end",
     )
 
 
@@ -67,16 +63,15 @@ def batch_independence(seed: int, quick: bool) -> Claim:
     together = generate(pipe, prompts, seeds=seeds, num_inference_steps=steps, batch_size=8)
     alone = generate(pipe, prompts, seeds=seeds, num_inference_steps=steps, batch_size=1)
     difference = (together - alone).abs().max().item()
-    return Claim(
-        id="batch-independence",
-        text="An image depends on its prompt and seed, not on the batch it is drawn in",
-        source=SOURCE,
-        setting=f"8 images in one batch and in 8, {steps} steps",
-        aim="largest pixel difference <= 0.001",
-        measured=f"{difference:.2g}",
-        interval=None,
-        holds=difference <= 1e-3,
-        note="" if difference <= 1e-3 else "sums of other lengths are rounded differently",
+    return Claim.at_most(
+        "batch-independence",
+        "An image depends on its prompt and seed, not on the batch it is drawn in",
+        SOURCE,
+        f"largest pixel difference of 8 images in one batch and in 8, {steps} steps",
+        value=difference,
+        limit=1e-3,
+        digits=".2g",
+        note="sums of other lengths are rounded differently",
     )
 
 
@@ -87,16 +82,16 @@ def import_time(seed: int, quick: bool) -> Claim:
         for name in ("torch", "unweave.diffusion_core")
     }
     extra = times["unweave.diffusion_core"] - times["torch"]
-    return Claim(
-        id="import-time",
-        text="Importing the package takes under a second beyond torch",
-        source=SOURCE,
-        setting="median of fresh interpreters, warm disk",
-        aim="< 1 s",
-        measured=f"{max(extra, 0.0):.2f} s",
-        interval=None,
-        holds=extra < 1,
-        note="" if extra < 1 else "the machine was busy",
+    return Claim.at_most(
+        "import-time",
+        "Importing the package takes under a second beyond torch",
+        SOURCE,
+        "median of fresh interpreters, warm disk",
+        value=max(extra, 0.0),
+        limit=1,
+        unit="s",
+        digits=".2f",
+        note="the machine was busy",
     )
 
 

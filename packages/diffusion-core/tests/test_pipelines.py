@@ -6,16 +6,15 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from unweave.diffusion_core.errors import NonFiniteError, PipelineError, PromptError
-from unweave.diffusion_core.files import load_tensors, save_tensors
 from unweave.diffusion_core.keys import canonical_text_encoder_key
 from unweave.diffusion_core.pipelines import MODELS, base_model_hash, generate, load_pipeline
-from unweave.diffusion_core.testing import tiny_pipeline
+from unweave.diffusion_core.testing import tiny_pipeline, tiny_xl_pipeline
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -117,32 +116,39 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
         load_pipeline(saved)
 
 
-def _rewrite(path: Path, rename: Callable[[str], str | None]) -> None:
-    tensors = load_tensors(path)
-    renamed = {rename(name): tensor for name, tensor in tensors.items()}
-    save_tensors(path, {name: tensor for name, tensor in renamed.items() if name}, {"format": "pt"})
-
-
 @pytest.mark.parametrize("nested", [True, False])
 def test_text_encoders_of_old_and_new_transformers_load_with_their_weights(
-    pipe: StableDiffusionPipeline, saved: Path, nested: bool
+    pipe: StableDiffusionPipeline, saved: Path, nested: bool, rewrite: Callable[..., None]
 ) -> None:
     def rename(name: str) -> str:
         canonical = canonical_text_encoder_key(name)
         return canonical if nested else canonical.removeprefix("text_model.")
 
-    _rewrite(saved / "text_encoder" / "model.safetensors", rename)
+    rewrite(saved / "text_encoder" / "model.safetensors", rename)
     assert base_model_hash(load_pipeline(saved)) == base_model_hash(pipe)
 
 
+@pytest.mark.parametrize(
+    ("build", "component", "kind"),
+    [
+        (tiny_pipeline, "text_encoder", "CLIPTextModel"),
+        (tiny_xl_pipeline, "text_encoder_2", "CLIPTextModelWithProjection"),
+    ],
+)
 def test_weights_that_the_loader_left_random_are_put_in_place(
-    pipe: StableDiffusionPipeline, saved: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[[], Any],
+    component: str,
+    kind: str,
 ) -> None:
-    from transformers import CLIPTextModel
+    import transformers
 
-    config = pipe.text_encoder.config
-    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: CLIPTextModel(config))
-    assert base_model_hash(load_pipeline(saved)) == base_model_hash(pipe)
+    pipe, encoder = build(), getattr(transformers, kind)
+    pipe.save_pretrained(tmp_path / "model")
+    config = getattr(pipe, component).config
+    monkeypatch.setattr(encoder, "from_pretrained", lambda *_, **__: encoder(config))
+    assert base_model_hash(load_pipeline(tmp_path / "model")) == base_model_hash(pipe)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +158,10 @@ def test_weights_that_the_loader_left_random_are_put_in_place(
         ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
     ],
 )
-def test_weights_that_are_missing_are_named(saved: Path, file: str, name: str) -> None:
-    _rewrite(saved / file, lambda known: None if known.endswith(name) else known)
+def test_weights_that_are_missing_are_named(
+    saved: Path, file: str, name: str, rewrite: Callable[..., None]
+) -> None:
+    rewrite(saved / file, lambda known: None if known.endswith(name) else known)
     with pytest.raises(PipelineError, match=name):
         load_pipeline(saved)
 

@@ -20,7 +20,7 @@ def main(path: Path, seed: int = 0) -> None:
     pipe.set_progress_bar_config(disable=True)
     styles, grounds = World.styles, World.backgrounds
     prompts = [
-        f"a {concept} on a {grounds[(3 * index) % len(grounds)]} background, "
+        f"{World.phrase(concept)} on a {grounds[(3 * index) % len(grounds)]} background, "
         f"{styles[index % len(styles)]} style"
         for index, concept in enumerate(World.trained)
     ]

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from claims_runner import Claim, Measure
+from claims_runner import ROOT, Claim, Measure
 from unweave.diffusion_core import bootstrap_interval, fingerprint, generate, load_pipeline
+from unweave.diffusion_core.pipelines import Pipeline
 from unweave.emoji_world import World, load_recogniser, pipeline_path
 from unweave.erasure import Eraser, ErasureRequest, make_eraser
 from unweave.erasure.erase_run import EVALUATION_SEED, STYLE_TEMPLATES
@@ -28,36 +29,25 @@ TARGETS = (
 )
 STYLES = ("openmoji", "fluent")
 MISSED = "settings are one recipe for all targets of a small model"
-PLAIN_SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
-from transformers import CLIPTextModel
-base, erasure, out, prompt = sys.argv[1:]
-options = {}
-if (Path(erasure) / "text_encoder").is_dir():
-    options["text_encoder"] = CLIPTextModel.from_pretrained(erasure + "/text_encoder")
-pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, **options)
-if not options:
-    pipe.load_lora_weights(erasure, weight_name="pytorch_lora_weights.safetensors")
-pipe.set_progress_bar_config(disable=True)
-images = pipe([prompt] * 4, num_inference_steps=25, guidance_scale=4.0, output_type="pt",
-              generator=[torch.Generator().manual_seed(seed) for seed in range(4)]).images
-assert not [name for name in sys.modules if name.split(".")[0] == "unweave"]
-save_file({"images": images.contiguous()}, out)
-"""
+PLAIN_DIFFUSERS = ROOT / "integration" / "plain_diffusers.py"
+OTHER_TEMPLATES = {
+    "object": ("{} on a black background, noto style", "openmoji style picture of {} on purple"),
+    "style": ("a turtle on a purple background, {} style", "{} style picture of a car on green"),
+}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rates of one erasure: the target before and after, and the drop of each other concept."""
+    """Rates of one erasure: the target before and after, and the drop of each other concept.
+
+    `elsewhere` is the target's rate before and after in prompts that no recipe has.
+    """
 
     target: str
     before: float
     after: float
     drops: tuple[float, ...]
+    elsewhere: tuple[float, float]
     seconds: float
 
     @property
@@ -74,16 +64,16 @@ def target_rate(method: str, kind: str, seed: int, quick: bool) -> Claim:
     results = outcomes(method, kind, seed, quick)
     rates = [100 * result.after for result in results]
     before = mean(result.before for result in results)
-    return Claim(
-        id=f"{method}-{kind}-target",
-        text=f"{method}: an erased {kind} is no longer recognised in images of its prompts",
-        source=SOURCES[method],
-        setting=f"{_setting(results, quick)}; {before:.0%} before",
-        aim="<= 15 % on average",
-        measured=f"{mean(rates):.1f} %",
+    return Claim.at_most(
+        f"{method}-{kind}-target",
+        f"{method}: an erased {kind} is no longer recognised in images of its prompts, on average",
+        SOURCES[method],
+        f"{_setting(results, quick)}; {before:.0%} before",
+        value=mean(rates),
+        limit=15,
+        unit="%",
         interval=_interval(rates),
-        holds=mean(rates) <= 15,
-        note="" if mean(rates) <= 15 else MISSED,
+        note=MISSED,
     )
 
 
@@ -91,16 +81,34 @@ def others_drop(method: str, kind: str, seed: int, quick: bool) -> Claim:
     """Mean drop of recognition of everything that was not erased."""
     results = outcomes(method, kind, seed, quick)
     drops = [100 * result.drop for result in results]
-    return Claim(
-        id=f"{method}-{kind}-others",
-        text=f"{method}: other {kind}s stay",
-        source=SOURCES[method],
-        setting=_setting(results, quick),
-        aim="mean drop <= 5 points",
-        measured=f"{mean(drops):.1f} points",
+    return Claim.at_most(
+        f"{method}-{kind}-others",
+        f"{method}: the mean rate of other {kind}s drops little (below 0: it rises)",
+        SOURCES[method],
+        _setting(results, quick),
+        value=mean(drops),
+        limit=5,
+        unit="points",
         interval=_interval(drops),
-        holds=mean(drops) <= 5,
-        note="" if mean(drops) <= 5 else MISSED,
+        note=MISSED,
+    )
+
+
+def other_prompts(method: str, seed: int, quick: bool) -> Claim:
+    """Mean recognition of erased objects under templates that no recipe has."""
+    results = outcomes(method, "object", seed, quick)
+    rates = [100 * result.elsewhere[1] for result in results]
+    before = mean(result.elsewhere[0] for result in results)
+    return Claim.at_most(
+        f"{method}-other-prompts",
+        f"{method}: an erased object stays away in prompts that the recipe does not have",
+        SOURCES[method],
+        f"{len(results)} targets, prompts with style and background; {before:.0%} before",
+        value=mean(rates),
+        limit=15,
+        unit="%",
+        interval=_interval(rates),
+        note=MISSED,
     )
 
 
@@ -125,16 +133,15 @@ def seconds_taken(method: str, seed: int, quick: bool) -> Claim:
     """The slowest erasure, images it draws for itself included."""
     results = outcomes(method, "object", seed, quick) + outcomes(method, "style", seed, quick)
     slowest = max(result.seconds for result in results)
-    return Claim(
-        id=f"{method}-seconds",
-        text=f"{method}: one erasure is quick, on a CPU",
-        source=SOURCES[method],
-        setting=f"slowest of {len(results)}",
-        aim="<= 60 s",
-        measured=f"{slowest:.1f} s",
-        interval=None,
-        holds=slowest <= 60,
-        note="" if slowest <= 60 else "the machine was busy, or has less than two common cores",
+    return Claim.at_most(
+        f"{method}-seconds",
+        f"{method}: one erasure is quick, on a CPU",
+        SOURCES[method],
+        f"slowest of {len(results)}",
+        value=slowest,
+        limit=60,
+        unit="s",
+        note="the machine was busy, or has less than two common cores",
     )
 
 
@@ -148,18 +155,17 @@ def plain_diffusers(method: str, seed: int, quick: bool) -> Claim:
         with erasure.apply(pipe):
             ours = generate(pipe, ["a cat face"] * 4, seeds=range(4), batch_size=4)
         arguments = [str(pipeline_path()), str(saved), str(out), "a cat face"]
-        subprocess.run([sys.executable, "-c", PLAIN_SCRIPT, *arguments], check=True)
+        subprocess.run([sys.executable, str(PLAIN_DIFFUSERS), *arguments], check=True)
         difference = (load_file(out)["images"] - ours).abs().max().item()
-    return Claim(
-        id=f"{method}-plain-diffusers",
-        text=f"{method}: the saved erasure works in plain diffusers, without unweave",
-        source=SOURCES[method],
-        setting="4 images of one prompt",
-        aim="largest pixel difference <= 0.002",
-        measured=f"{difference:.2g}",
-        interval=None,
-        holds=difference <= 0.002,
-        note="" if difference <= 0.002 else "pixels in [0, 1]",
+    return Claim.at_most(
+        f"{method}-plain-diffusers",
+        f"{method}: the saved erasure draws the same in plain diffusers, without unweave",
+        SOURCES[method],
+        "largest difference of a pixel in [0, 1] over 4 images of one prompt",
+        value=difference,
+        limit=0.002,
+        digits=".2g",
+        note="a defect",
     )
 
 
@@ -172,16 +178,13 @@ def bit_exact_revert(method: str, seed: int, quick: bool) -> Claim:
     with erasure.apply(pipe):
         changed = [n for n, module in modules.items() if fingerprint(module) != before[n]]
     same = {name: fingerprint(module) for name, module in modules.items()} == before
-    return Claim(
-        id=f"{method}-revert",
-        text=f"{method}: reverting restores every bit of every weight",
-        source=SOURCES[method],
-        setting=f"SHA-256 of all weights; the erasure changes the {' and '.join(changed)}",
-        aim="identical",
-        measured="identical" if same else "different",
-        interval=None,
-        holds=same and bool(changed),
-        note="" if same and changed else "a defect",
+    return Claim.identical(
+        f"{method}-revert",
+        f"{method}: reverting restores every bit of every weight",
+        SOURCES[method],
+        f"SHA-256 of all weights; the erasure changes the {' and '.join(changed)}",
+        same=same and bool(changed),
+        note="a defect",
     )
 
 
@@ -197,36 +200,34 @@ def _outcome(method: str, kind: str, target: str, seed: int, quick: bool) -> Out
     start = time.perf_counter()
     erasure = _eraser(method, kind).erase(pipe, _request(target, kind), seed=seed, progress=False)
     seconds = time.perf_counter() - start
-    before = baseline_rates(kind, seed, quick)
+    many, few = _seeds(seed, quick), _few_seeds(seed, kind)
     others = _others(target, kind)[: 3 if quick else None]
     with erasure.apply(pipe):
-        after = _rate(pipe, target, kind, _seeds(seed, quick))
-        kept = {name: _rate(pipe, name, kind, _few_seeds(seed, kind)) for name in others}
-    drops = tuple(before[name][1] - kept[name] for name in others)
-    return Outcome(target, before[target][0], after, drops, seconds)
+        after = _rate(pipe, target, kind, many)
+        elsewhere = _rate(pipe, target, kind, many, OTHER_TEMPLATES[kind])
+        kept = {name: _rate(pipe, name, kind, few) for name in others}
+    return Outcome(
+        target,
+        before=_plain_rate(target, kind, many),
+        after=after,
+        drops=tuple(_plain_rate(name, kind, few) - rate for name, rate in kept.items()),
+        elsewhere=(_plain_rate(target, kind, many, OTHER_TEMPLATES[kind]), elsewhere),
+        seconds=seconds,
+    )
 
 
 @cache
-def baseline_rates(kind: str, seed: int, quick: bool) -> dict[str, tuple[float, float]]:
-    """Rates of the unedited pipeline, by name, over all seeds and over the few of the others."""
-    pipe = load_pipeline("emoji-world")
-    targets = (TARGETS if kind == "object" else STYLES)[: 1 if quick else None]
-    others = _others(targets[0], kind)[: 3 if quick else None]
-    names = dict.fromkeys((*targets, *others))
-    few, many = _few_seeds(seed, kind), _seeds(seed, quick)
-    return {
-        name: (
-            _rate(pipe, name, kind, many) if name in targets else 0.0,
-            _rate(pipe, name, kind, few),
-        )
-        for name in names
-    }
+def _plain_rate(name: str, kind: str, seeds: range, templates: tuple[str, ...] = ()) -> float:
+    return _rate(load_pipeline("emoji-world"), name, kind, seeds, templates)
 
 
-def _rate(pipe: object, name: str, kind: str, seeds: range) -> float:
-    templates = ("a {}",) if kind == "object" else STYLE_TEMPLATES
-    prompts = [template.replace("{}", name) for template in templates for _ in seeds]
-    images = generate(pipe, prompts, seeds=list(seeds) * len(templates))  # type: ignore[arg-type]
+def _rate(
+    pipe: Pipeline, name: str, kind: str, seeds: range, templates: tuple[str, ...] = ()
+) -> float:
+    words = World.phrase(name) if kind == "object" else name
+    templates = templates or (("{}",) if kind == "object" else STYLE_TEMPLATES)
+    prompts = [template.replace("{}", words) for template in templates for _ in seeds]
+    images = generate(pipe, prompts, seeds=list(seeds) * len(templates))
     return _recognised(images, name, kind).float().mean().item()
 
 
@@ -259,8 +260,8 @@ def _few_seeds(seed: int, kind: str) -> range:
 
 
 def _setting(results: tuple[Outcome, ...], quick: bool) -> str:
-    images = len(_seeds(0, quick))
-    return f"{len(results)} targets, {images} images a prompt, {len(results[0].drops)} others each"
+    images, others = len(_seeds(0, quick)), len(results[0].drops)
+    return f"{len(results)} targets, {images} images a prompt, {others} others with fewer"
 
 
 def _interval(values: list[float]) -> tuple[float, float] | None:
@@ -276,6 +277,7 @@ for _method in MEASURED:
     for _kind in ("object", "style"):
         CLAIMS[f"{_method}-{_kind}-target"] = partial(target_rate, _method, _kind)
         CLAIMS[f"{_method}-{_kind}-others"] = partial(others_drop, _method, _kind)
+    CLAIMS[f"{_method}-other-prompts"] = partial(other_prompts, _method)
     CLAIMS[f"{_method}-each"] = partial(each_target, _method)
     CLAIMS[f"{_method}-seconds"] = partial(seconds_taken, _method)
     CLAIMS[f"{_method}-plain-diffusers"] = partial(plain_diffusers, _method)

@@ -85,6 +85,9 @@ def test_recipes_hold_valid_settings_and_can_be_overridden():
             for kind, settings in kinds.items():
                 config = make_eraser(name, model, kind).config
                 assert all(getattr(config, key) == value for key, value in settings.items())
+    anchors = make_eraser("uce", "emoji-world").config.anchors
+    assert {"", "a cat face", "an octopus"} < set(anchors) and len(anchors) == 41
+    assert "a cat face, fluent style" in make_eraser("uce", "emoji-world", "style").config.anchors
     with pytest.raises(SelectionError, match="kind"):
         make_eraser("uce", "emoji-world", "person")
     assert make_eraser("few-shot", model="emoji-world", lr=0.5).config.lr == 0.5

@@ -3,8 +3,16 @@ import torch
 
 from unweave.diffusion_core.parameters import fingerprint, select_parameters
 from unweave.diffusion_core.prompts import encode_prompts
+from unweave.erasure.closed_form import closed_form_edit
 from unweave.erasure.protocol import Erasure, ErasureRequest
-from unweave.erasure.uce import UCE, UCE_TEMPLATES, UCEConfig, last_subject_token, subject_states
+from unweave.erasure.uce import (
+    UCE,
+    UCE_TEMPLATES,
+    UCEConfig,
+    anchor_states,
+    last_subject_token,
+    subject_states,
+)
 
 REQUEST = ErasureRequest("cat", replacement="dog", preserve=("rocket", "pizza"))
 
@@ -135,3 +143,39 @@ def test_round_trip_keeps_request_and_edit(pipe, tmp_path):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         UCEConfig(**settings)
+
+
+def test_anchors_enter_the_solve_as_preserved_states_of_every_token(pipe):
+    request = ErasureRequest("cat", replacement="dog")
+    solved = UCE(UCEConfig(anchors=("a tree",))).solve(pipe, request)
+    source, target = (subject_states(pipe, "{}", n, "last-subject-token") for n in ("cat", "dog"))
+    with torch.no_grad():
+        every_token = encode_prompts(pipe, ["a tree"])[0]
+    expected = closed_form_edit(source, target, every_token, regularisation=0.5)
+    torch.testing.assert_close(solved.down, expected.down)
+
+
+def test_anchors_hold_what_an_edit_of_all_states_would_move(pipe):
+    """In 32 dimensions 74 edited states leave no room to hold others exactly."""
+    request = ErasureRequest("cat", replacement="dog")
+    weights = select_parameters(pipe.unet, "cross-attention-kv")
+    states = anchor_states(pipe, ["a tree"], "cat")[0]
+    before = {name: states @ weight.T for name, weight in weights.items()}
+    moved = []
+    for anchors in ((), ("a tree",)):
+        erasure = erase(pipe, request, positions="from-last-subject-token", anchors=anchors)
+        with erasure.apply(pipe):
+            moved.append(
+                max(
+                    ((states @ weight.T - before[name]).norm() / before[name].norm()).item()
+                    for name, weight in weights.items()
+                )
+            )
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_anchors_that_name_the_target_are_left_out(pipe):
+    every = anchor_states(pipe, ["a carrot", "a Car on red", ""], "bus")[0]
+    kept = anchor_states(pipe, ["a carrot", "a Car on red", ""], "car")[0]
+    assert len(every) == 3 * 77 and len(kept) == 2 * 77
+    assert anchor_states(pipe, ["a cat"], "cat") == []

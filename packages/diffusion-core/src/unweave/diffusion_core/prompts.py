@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -83,6 +84,16 @@ def fill(template: str, concept: str) -> str:
     if not concept.strip():
         raise PromptError(f"`concept` must not be empty, got {concept!r}")
     return template.replace("{}", concept)
+
+
+def mentions(prompt: str, concept: str) -> bool:
+    """Say whether `prompt` has `concept` as whole words, in any case.
+
+    >>> mentions("A Car on red", "car"), mentions("a carrot", "car")
+    (True, False)
+    """
+    words = rf"(?<!\w){re.escape(concept.strip())}(?!\w)"
+    return re.search(words, prompt, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

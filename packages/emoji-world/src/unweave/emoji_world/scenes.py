@@ -116,7 +116,7 @@ def compose(spec: SceneSpec, resolution: int = 64) -> Scene:
 
 def caption(spec: SceneSpec) -> str:
     """Words for a scene, as a person would type them into the pipeline."""
-    names = [_with_article(item.concept) for item in spec.objects] or ["nothing"]
+    names = [World.phrase(item.concept) for item in spec.objects] or ["nothing"]
     styles = dict.fromkeys(item.style for item in spec.objects)
     texture = "" if spec.texture == "plain" else f" {spec.texture}"
     return CAPTION_TEMPLATES[spec.template].format(
@@ -245,10 +245,6 @@ def crossed_specs(**levels: tuple[object, ...]) -> list[SceneSpec]:
         )
         for c, s, x, y, size, background in grid
     ]
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 @lru_cache(maxsize=4096)

@@ -91,6 +91,11 @@ class _World:
         hint = ", ".join(close) or ", ".join(list(self.table)[:5])
         raise KeyError(f"no concept {name!r} in emoji-world; did you mean one of: {hint}?")
 
+    @staticmethod
+    def phrase(name: str) -> str:
+        """The name with its article, as captions have it: "a cat face", "an octopus"."""
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
     def _names(self, *splits: str) -> tuple[str, ...]:
         return tuple(c.name for c in self.table.values() if c.split in splits)
 

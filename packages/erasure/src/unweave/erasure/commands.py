@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from unweave.diffusion_core.errors import ArtifactError, PromptError, UnweaveError
-from unweave.erasure.console import described, print_table, stdout_for_results, table_of_rates
+from unweave.erasure.console import (
+    described,
+    print_table,
+    quiet_libraries,
+    stdout_for_results,
+    table_of_rates,
+)
 from unweave.erasure.erase_run import EMOJI_WORLD, WEIGHTS_FOLDER, ErasePlan
 
 if TYPE_CHECKING:
@@ -129,6 +135,7 @@ def erase(
         settings=dict(ctx.obj or {}),
     )
     with stdout_for_results() as show:
+        quiet_libraries()
         if dry_run:
             plan.check()
             result = plan.to_dict()
@@ -167,6 +174,7 @@ def generate(
                 f"{str(path)!r} exists already; choose another --seed or --out, or remove it"
             )
     with stdout_for_results() as show:
+        quiet_libraries()
         deltas = [_load_delta(folder) for folder in apply or ()]
         images = _draw(model, deltas, strength, prompt, seeds, steps, guidance)
         out.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,16 @@ def stdout_for_results() -> Iterator[Callable[[str], None]]:
         yield show
 
 
+def quiet_libraries() -> None:
+    """Let diffusers and transformers show errors only, and no bars while they read files."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_transformers, of_diffusers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def say(text: str) -> None:
     """Print on stderr."""
     print(text, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from unweave.diffusion_core.keys import base_parameters
 from unweave.diffusion_core.metrics import bootstrap_interval, kid
 from unweave.diffusion_core.originals import edits_of
 from unweave.diffusion_core.pipelines import generate
-from unweave.diffusion_core.prompts import fill
+from unweave.diffusion_core.prompts import fill, mentions
 from unweave.erasure.evaluation_result import ConceptRate, ErasureEvaluation, Examples, Rate
 
 if TYPE_CHECKING:
@@ -344,8 +343,7 @@ def _prompts(concept: str, templates: Sequence[str], styles: Sequence[str]) -> t
 
 
 def _neutral(neutral_prompts: Sequence[str], target: str) -> tuple[str, ...]:
-    word = re.compile(rf"(?<!\w){re.escape(target.strip())}(?!\w)", re.IGNORECASE)
-    naming = [prompt for prompt in neutral_prompts if word.search(prompt)]
+    naming = [prompt for prompt in neutral_prompts if mentions(prompt, target)]
     if naming and neutral_prompts is not NEUTRAL_PROMPTS:
         raise PromptError(
             f"`neutral_prompts` must not name the target {target!r}, got {naming}; leave them out"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from unweave.diffusion_core.embedded import embedded_world
 from unweave.diffusion_core.errors import SelectionError
 from unweave.erasure.esd import ESD
 from unweave.erasure.few_shot import FewShotErasing
@@ -46,19 +47,6 @@ _FEW_SHOT = {
     "guidance_scale": 4.0,
     "num_inference_steps": 25,
 }
-_ANCHORS = (
-    *("", "a cat face", "a dog face", "a panda", "a fox", "a frog", "a lion", "a pig face"),
-    *("a turtle", "a fish", "an octopus", "a butterfly", "a penguin", "a pizza", "a hamburger"),
-    *("a red apple", "a banana", "a strawberry", "a watermelon", "a doughnut", "an ice cream"),
-    *("a carrot", "a rocket", "a car", "a bus", "a bicycle", "a sailboat", "an airplane"),
-    *("a guitar", "a soccer ball", "a basketball", "an umbrella", "a key", "a balloon"),
-    *("a light bulb", "a clock", "a sun", "a star", "a cactus", "a sunflower", "a mushroom"),
-)
-_STYLE_ANCHORS = tuple(
-    f"{prompt}, {style} style"
-    for prompt in ("a cat face", "a rocket on a blue background", "a pizza")
-    for style in ("noto", "twemoji", "openmoji", "fluent")
-)
 _UCE = {
     "scale_to_norm": True,
     "positions": "from-last-subject-token",
@@ -72,12 +60,8 @@ RECIPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "style": {**_FEW_SHOT, "templates": _STYLE_PROMPTS},
         },
         "uce": {
-            "object": {**_UCE, "templates": ("a {}",), "anchors": _ANCHORS},
-            "style": {
-                **_UCE,
-                "templates": _STYLE_PROMPTS,
-                "anchors": (*_ANCHORS, *_STYLE_ANCHORS),
-            },
+            "object": {**_UCE, "templates": ("a {}",)},
+            "style": {**_UCE, "templates": _STYLE_PROMPTS},
         },
         "esd": {
             "object": {"lr": 1e-4, "num_steps": 100, "templates": ("a {}",)},
@@ -88,6 +72,20 @@ RECIPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
 """Settings that differ from the papers', {model: {method: {kind of concept: settings}}}."""
 
 
+def _embedded_anchors(kind: str) -> tuple[str, ...]:
+    """Return prompts of emoji-world: the empty one, each concept and, for styles, some in each."""
+    world = embedded_world()
+    plain = ("", *map(world.phrase, world.trained))
+    if kind == "object":
+        return plain
+    styled = [f"{prompt}, {{}} style" for prompt in plain[1::8]]
+    return (*plain, *(prompt.format(style) for prompt in styled for style in world.styles))
+
+
+ANCHORS: dict[str, Callable[[str], tuple[str, ...]]] = {"emoji-world": _embedded_anchors}
+"""Prompts that a closed form leaves as they are, by model, for a kind of concept."""
+
+
 def make_eraser(
     name: str,
     model: str | None = None,
@@ -96,7 +94,8 @@ def make_eraser(
 ) -> Eraser:
     """Return the eraser `name` with the recipe of `model`, if any, and `settings` on top.
 
-    A recipe is for the `kind` of concept that will be asked for. Without a `model`, or for one
+    A recipe is for the `kind` of concept that will be asked for; that of a closed form keeps the
+    prompts of `ANCHORS`. Without a `model`, or for one
     without a recipe, settings are the papers' defaults, which suit Stable Diffusion 1.x. Raises
     `SelectionError` for unknown names, kinds and settings.
 
@@ -107,10 +106,12 @@ def make_eraser(
         raise SelectionError(f"`name` must be one of {tuple(METHODS)}, got {name!r}")
     if kind not in KINDS:
         raise SelectionError(f"`kind` must be one of {KINDS}, got {kind!r}")
-    recipe = RECIPES.get(model or "", {}).get(name, {}).get(kind, {})
-    chosen: Mapping[str, Any] = {**recipe, **settings}
     method: Any = METHODS[name]
     known = [field.name for field in fields(method.config_class)]
+    recipe = dict(RECIPES.get(model or "", {}).get(name, {}).get(kind, {}))
+    if model in ANCHORS and "anchors" in known:
+        recipe["anchors"] = ANCHORS[model](kind)
+    chosen: Mapping[str, Any] = {**recipe, **settings}
     for setting in chosen:
         if setting not in known:
             near = get_close_matches(setting, known, 1)

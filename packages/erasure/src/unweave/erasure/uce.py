@@ -12,7 +12,7 @@ from torch import Tensor
 from unweave.diffusion_core.errors import SelectionError
 from unweave.diffusion_core.parameters import select_parameters
 from unweave.diffusion_core.pipelines import Pipeline, base_model_hash
-from unweave.diffusion_core.prompts import encode_prompts, fill, subject_token_positions
+from unweave.diffusion_core.prompts import encode_prompts, fill, mentions, subject_token_positions
 from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 from unweave.erasure.closed_form import ClosedFormEdit, closed_form_edit
 from unweave.erasure.protocol import (
@@ -146,7 +146,7 @@ class UCE:
 
 def anchor_states(pipe: Pipeline, anchors: Sequence[str], target: str) -> list[Tensor]:
     """Return all states (n, width) of the prompts that do not name `target`, one tensor or none."""
-    kept = [prompt for prompt in anchors if target.casefold() not in prompt.casefold()]
+    kept = [prompt for prompt in anchors if not mentions(prompt, target)]
     if not kept:
         return []
     with torch.no_grad():

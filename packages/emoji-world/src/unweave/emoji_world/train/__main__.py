@@ -37,6 +37,8 @@ def main() -> None:
         "--warm-start", action="store_true", help="diffusion: begin with the weights in --out"
     )
     options = parser.parse_args()
+    if options.warm_start and options.model != "diffusion":
+        parser.error(f"--warm-start is for diffusion, not for {options.model}")
     torch.set_num_threads(options.threads)
     recipe, work = RECIPES[options.model][options.recipe], options.work / options.recipe
     pipeline = options.out / "pipeline"
