@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import CLIPTextModel
 
 from unweave.emoji_world.models import save_fp16, store_clip
 from unweave.emoji_world.tokenizer import MAX_TOKENS, build_tokenizer, world_words
+from unweave.emoji_world.train.__main__ import main
 from unweave.emoji_world.train.clip import build_clip
 from unweave.emoji_world.train.diffusion import (
     build_scheduler,
@@ -145,3 +147,38 @@ def test_a_warm_start_begins_with_the_stored_denoiser(tmp_path: Path) -> None:
     train_diffusion(still, 4, tmp_path / "second", tmp_path / "pipeline", warm_start=True)
     second = load_file(weights)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_command_line_passes_on_what_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def record(recipe: Recipe, pool_size: int, work: Path, folder: Path, warm_start: bool) -> None:
+        calls.append((recipe, folder, warm_start))
+        train(
+            nn.Linear(1, 1),
+            lambda step, generator: torch.zeros(1, requires_grad=True).sum(),
+            recipe,
+            work / "diffusion",
+        )
+
+    monkeypatch.setattr("unweave.emoji_world.train.diffusion.train_diffusion", record)
+    options = [
+        "--steps",
+        "2",
+        "--seed",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    monkeypatch.setattr("sys.argv", ["train", "diffusion", "--warm-start", *options])
+    tmp_path.joinpath("training.json").write_text('{"diffusion": {"date": "earlier"}}')
+    main()
+    ((recipe, folder, warm_start),) = calls
+    assert (recipe.steps, recipe.seed, folder, warm_start) == (2, 3, tmp_path / "pipeline", True)
+    record_of_run = json.loads((tmp_path / "training.json").read_text())["diffusion"]
+    assert record_of_run["recipe"]["steps"] == 2
+    assert record_of_run["started_from"] == {"date": "earlier"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,13 +20,14 @@ from claims_runner import ROOT, Claim, Measure
 from unweave.diffusion_core import bootstrap_interval, fingerprint, generate, load_pipeline
 from unweave.diffusion_core.pipelines import Pipeline
 from unweave.emoji_world import World, load_recogniser, pipeline_path
-from unweave.erasure import Eraser, ErasureRequest, make_eraser
+from unweave.erasure import Eraser, Erasure, ErasureRequest, make_eraser
 from unweave.erasure.erase_run import EVALUATION_SEED, STYLE_TEMPLATES
 
 SOURCES = {"few-shot": "arXiv 2405.07288", "uce": "arXiv 2308.14761", "esd": "arXiv 2303.07345"}
+TUNED_ON = ("cat face", "pizza", "rocket", "guitar")
 TARGETS = (
-    *("cat face", "panda", "frog", "turtle", "pizza", "strawberry", "doughnut", "rocket"),
-    *("bicycle", "guitar", "soccer ball", "star"),
+    *("panda", "frog", "turtle", "strawberry", "doughnut", "bicycle"),
+    *("soccer ball", "star", "penguin", "sunflower", "car", "clock"),
 )
 STYLES = ("openmoji", "fluent")
 MISSED = "settings are one recipe for all targets of a small model"
@@ -34,6 +36,40 @@ OTHER_TEMPLATES = {
     "object": ("{} on a black background, noto style", "openmoji style picture of {} on purple"),
     "style": ("a turtle on a purple background, {} style", "{} style picture of a car on green"),
 }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How targets are erased: method, kind and what differs from the recipe.
+
+    With `half_listed` every second other concept is neither preserved nor an anchor, and those
+    are the ones that are judged.
+    """
+
+    method: str
+    kind: str = "object"
+    settings: tuple[tuple[str, float], ...] = ()
+    half_listed: bool = False
+
+    def eraser(self, target: str) -> Eraser:
+        """The eraser for `target`."""
+        settings: dict[str, Any] = dict(self.settings)
+        if self.half_listed:
+            settings["anchors"] = ("", *map(World.phrase, self.listed(target)))
+        return make_eraser(self.method, "emoji-world", self.kind, **settings)  # type: ignore[arg-type]
+
+    def request(self, target: str) -> ErasureRequest:
+        """The request, which preserves all listed others."""
+        return ErasureRequest(target, preserve=self.listed(target), kind=self.kind)  # type: ignore[arg-type]
+
+    def listed(self, target: str) -> tuple[str, ...]:
+        """The concepts that the eraser is told to keep."""
+        return _others(target, self.kind)[:: 2 if self.half_listed else 1]
+
+    def judged(self, target: str) -> tuple[str, ...]:
+        """The concepts whose drop is measured."""
+        others = _others(target, self.kind)
+        return others[1::2] if self.half_listed else others
 
 
 @dataclass(frozen=True)
@@ -61,7 +97,7 @@ class Outcome:
 
 def target_rate(method: str, kind: str, seed: int, quick: bool) -> Claim:
     """Mean recognition of the targets after their erasure."""
-    results = outcomes(method, kind, seed, quick)
+    results = outcomes(Trial(method, kind), seed, quick)
     rates = [100 * result.after for result in results]
     before = mean(result.before for result in results)
     return Claim.at_most(
@@ -79,7 +115,7 @@ def target_rate(method: str, kind: str, seed: int, quick: bool) -> Claim:
 
 def others_drop(method: str, kind: str, seed: int, quick: bool) -> Claim:
     """Mean drop of recognition of everything that was not erased."""
-    results = outcomes(method, kind, seed, quick)
+    results = outcomes(Trial(method, kind), seed, quick)
     drops = [100 * result.drop for result in results]
     return Claim.at_most(
         f"{method}-{kind}-others",
@@ -96,7 +132,7 @@ def others_drop(method: str, kind: str, seed: int, quick: bool) -> Claim:
 
 def other_prompts(method: str, seed: int, quick: bool) -> Claim:
     """Mean recognition of erased objects under templates that no recipe has."""
-    results = outcomes(method, "object", seed, quick)
+    results = outcomes(Trial(method), seed, quick)
     rates = [100 * result.elsewhere[1] for result in results]
     before = mean(result.elsewhere[0] for result in results)
     return Claim.at_most(
@@ -112,9 +148,66 @@ def other_prompts(method: str, seed: int, quick: bool) -> Claim:
     )
 
 
+def unlisted_others(method: str, seed: int, quick: bool) -> Claim:
+    """Mean drop of objects that the eraser was not told to keep."""
+    results = outcomes(Trial(method, half_listed=True), seed, quick, TUNED_ON)
+    drops = [100 * result.drop for result in results]
+    return Claim.at_most(
+        f"{method}-unlisted-others",
+        f"{method}: objects that nobody asked to keep drop little too",
+        SOURCES[method],
+        f"{_setting(results, quick)}: every second object, the rest being preserved; target "
+        f"{mean(result.after for result in results):.0%} after",
+        value=mean(drops),
+        limit=5,
+        unit="points",
+        interval=_interval(drops),
+        note="what is to stay should be named in `preserve`",
+    )
+
+
+def as_published(seed: int, quick: bool) -> Claim:
+    """Few-shot erasing as in its paper, which has no term that keeps other concepts."""
+    published = (("preserve_weight", 0.0), ("lr", 5e-4), ("epochs", 4))
+    results = outcomes(Trial("few-shot", settings=published), seed, quick, TUNED_ON)
+    after = 100 * mean(result.after for result in results)
+    drop = 100 * mean(result.drop for result in results)
+    holds = after <= 15 and drop <= 5
+    return Claim(
+        id="few-shot-as-published",
+        text="few-shot without the preserving term, which is an extension of ours",
+        source=SOURCES["few-shot"],
+        setting=f"{_setting(results, quick)}; lr 5e-4, 4 epochs",
+        aim="<= 15 % and others within 5 points",
+        measured=f"{after:.1f} %, others {-drop:+.1f} points",
+        interval=None,
+        holds=holds,
+        note="" if holds else "; ".join(map(str, results)),
+    )
+
+
+def esd_margin(seed: int, quick: bool) -> Claim:
+    """ESD lowers its target much more than the rest."""
+    results = outcomes(Trial("esd"), seed, quick, TUNED_ON)
+    fall = 100 * mean(result.before - result.after for result in results)
+    drop = 100 * mean(result.drop for result in results)
+    holds = fall >= 50 and drop <= 20
+    return Claim(
+        id="esd-margin",
+        text="esd: the target falls by far more than the others",
+        source=SOURCES["esd"],
+        setting=f"{_setting(results, quick)}, slowest {max(r.seconds for r in results):.0f} s",
+        aim=">= 50 points, others <= 20",
+        measured=f"{fall:.1f} points, others {drop:.1f}",
+        interval=None,
+        holds=holds,
+        note="; ".join(map(str, results)),
+    )
+
+
 def each_target(method: str, seed: int, quick: bool) -> Claim:
     """Every number behind the means."""
-    results = outcomes(method, "object", seed, quick) + outcomes(method, "style", seed, quick)
+    results = _all_outcomes(method, seed, quick)
     good = [result for result in results if result.after <= 0.15 and result.drop <= 0.05]
     return Claim(
         id=f"{method}-each",
@@ -131,7 +224,7 @@ def each_target(method: str, seed: int, quick: bool) -> Claim:
 
 def seconds_taken(method: str, seed: int, quick: bool) -> Claim:
     """The slowest erasure, images it draws for itself included."""
-    results = outcomes(method, "object", seed, quick) + outcomes(method, "style", seed, quick)
+    results = _all_outcomes(method, seed, quick)
     slowest = max(result.seconds for result in results)
     return Claim.at_most(
         f"{method}-seconds",
@@ -150,7 +243,7 @@ def plain_diffusers(method: str, seed: int, quick: bool) -> Claim:
     with tempfile.TemporaryDirectory() as folder:
         saved, out = Path(folder) / "erasure", Path(folder) / "images.safetensors"
         pipe = load_pipeline("emoji-world")
-        erasure = _eraser(method).erase(pipe, _request("cat face", "object"), progress=False)
+        erasure = _cat_erasure(method, pipe)
         erasure.save(saved)
         with erasure.apply(pipe):
             ours = generate(pipe, ["a cat face"] * 4, seeds=range(4), batch_size=4)
@@ -173,7 +266,7 @@ def bit_exact_revert(method: str, seed: int, quick: bool) -> Claim:
     """Weights before applying and after reverting have the same bits."""
     pipe = load_pipeline("emoji-world")
     modules = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "vae")}
-    erasure = _eraser(method).erase(pipe, _request("cat face", "object"), progress=False)
+    erasure = _cat_erasure(method, pipe)
     before = {name: fingerprint(module) for name, module in modules.items()}
     with erasure.apply(pipe):
         changed = [n for n, module in modules.items() if fingerprint(module) != before[n]]
@@ -189,19 +282,25 @@ def bit_exact_revert(method: str, seed: int, quick: bool) -> Claim:
 
 
 @cache
-def outcomes(method: str, kind: str, seed: int, quick: bool) -> tuple[Outcome, ...]:
-    """Erase each target from the fresh pipeline and judge it and all others."""
-    names = (TARGETS if kind == "object" else STYLES)[: 1 if quick else None]
-    return tuple(_outcome(method, kind, name, seed, quick) for name in names)
+def outcomes(
+    trial: Trial, seed: int, quick: bool, targets: tuple[str, ...] = ()
+) -> tuple[Outcome, ...]:
+    """Erase each target from the fresh pipeline and judge it and the others."""
+    names = targets or (TARGETS if trial.kind == "object" else STYLES)
+    return tuple(_outcome(trial, name, seed, quick) for name in names[: 1 if quick else None])
 
 
-def _outcome(method: str, kind: str, target: str, seed: int, quick: bool) -> Outcome:
-    pipe = load_pipeline("emoji-world")
+def _all_outcomes(method: str, seed: int, quick: bool) -> tuple[Outcome, ...]:
+    return outcomes(Trial(method), seed, quick) + outcomes(Trial(method, "style"), seed, quick)
+
+
+def _outcome(trial: Trial, target: str, seed: int, quick: bool) -> Outcome:
+    pipe, kind = load_pipeline("emoji-world"), trial.kind
     start = time.perf_counter()
-    erasure = _eraser(method, kind).erase(pipe, _request(target, kind), seed=seed, progress=False)
+    erasure = trial.eraser(target).erase(pipe, trial.request(target), seed=seed, progress=False)
     seconds = time.perf_counter() - start
     many, few = _seeds(seed, quick), _few_seeds(seed, kind)
-    others = _others(target, kind)[: 3 if quick else None]
+    others = trial.judged(target)[: 3 if quick else None]
     with erasure.apply(pipe):
         after = _rate(pipe, target, kind, many)
         elsewhere = _rate(pipe, target, kind, many, OTHER_TEMPLATES[kind])
@@ -238,12 +337,9 @@ def _recognised(images: Tensor, name: str, kind: str) -> Tensor:
     return recogniser.styles(images) == World.styles.index(name)
 
 
-def _request(target: str, kind: str) -> ErasureRequest:
-    return ErasureRequest(target, preserve=_others(target, kind), kind=kind)  # type: ignore[arg-type]
-
-
-def _eraser(method: str, kind: str = "object") -> Eraser:
-    return make_eraser(method, "emoji-world", kind)  # type: ignore[arg-type]
+def _cat_erasure(method: str, pipe: Pipeline) -> Erasure:
+    trial = Trial(method)
+    return trial.eraser("cat face").erase(pipe, trial.request("cat face"), progress=False)
 
 
 def _others(target: str, kind: str) -> tuple[str, ...]:
@@ -278,7 +374,10 @@ for _method in MEASURED:
         CLAIMS[f"{_method}-{_kind}-target"] = partial(target_rate, _method, _kind)
         CLAIMS[f"{_method}-{_kind}-others"] = partial(others_drop, _method, _kind)
     CLAIMS[f"{_method}-other-prompts"] = partial(other_prompts, _method)
+    CLAIMS[f"{_method}-unlisted-others"] = partial(unlisted_others, _method)
     CLAIMS[f"{_method}-each"] = partial(each_target, _method)
     CLAIMS[f"{_method}-seconds"] = partial(seconds_taken, _method)
     CLAIMS[f"{_method}-plain-diffusers"] = partial(plain_diffusers, _method)
     CLAIMS[f"{_method}-revert"] = partial(bit_exact_revert, _method)
+CLAIMS["few-shot-as-published"] = as_published
+CLAIMS["esd-margin"] = esd_margin

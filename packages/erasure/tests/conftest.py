@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -170,21 +171,33 @@ class Toy:
         losses = self.losses(text_encoder, concepts, generator)
         return losses.reshape(NUM_CONCEPTS, -1).mean(1)
 
-    def erase(self, target: int, *, lr: float, seed: int, image_concept: int | None = None):
+    def erase(
+        self, target: int, *, lr: float, seed: int, image_concept: int | None = None, **retention
+    ):
         """Unlearn `target` from four images in ten steps; return the new text encoder."""
         text_encoder = copy.deepcopy(self.text_encoder)
-        concept = target if image_concept is None else image_concept
-        self._unlearn(text_encoder, self.training_images(concept, seed), target, lr, seed)
+        images = self.training_images(target if image_concept is None else image_concept, seed)
+        self._unlearn(text_encoder, images, target, lr, seed, **retention)
         return text_encoder
 
-    def _unlearn(self, text_encoder, images: Tensor, target: int, lr: float, seed: int):
+    def _unlearn(
+        self,
+        text_encoder,
+        images: Tensor,
+        target: int,
+        lr: float,
+        seed: int,
+        kept_prompts: Sequence[str] = (),
+        preserve_weight: float = 0.0,
+    ):
         return unlearn(
             lambda prompts: text_encoder(torch.tensor([int(prompt) for prompt in prompts])),
             text_encoder.trainable(),
             self.denoiser,
             images,
             [str(target)],
-            FewShotConfig(lr=lr),
+            FewShotConfig(lr=lr, preserve_weight=preserve_weight),
+            kept_prompts=kept_prompts,
             seed=seed,
         )
 

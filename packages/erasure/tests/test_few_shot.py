@@ -90,6 +90,37 @@ def test_over_training_harms_other_concepts(toy):
     assert sum(other > 1.5 for other in others) >= 3
 
 
+def test_retention_keeps_other_concepts_where_over_training_would_harm_them(toy):
+    for target in range(2):
+        kept = [str(concept) for concept in range(8) if concept != target]
+        bare = toy.rises(target, lr=10 * LR, seed=target)
+        held = toy.rises(target, lr=10 * LR, seed=target, kept_prompts=kept, preserve_weight=100.0)
+        assert held[1] < 1.1 < bare[1]
+        assert held[0] >= 1.5
+
+
+def test_retention_holds_preserved_concepts_and_anchors_but_no_prompt_of_the_target(pipe, images):
+    prompts = ["a rocket", "a star"]
+
+    def moved(**settings):
+        erasure = FewShotErasing(
+            FewShotConfig(**QUICK, epochs=10, templates=("a {}",), **settings)
+        ).erase(pipe, ErasureRequest("cat", preserve=("rocket",), images=images), progress=False)
+        before = encode_prompts(pipe, [*prompts, "a cat"]).detach()
+        with erasure.apply(pipe):
+            after = encode_prompts(pipe, [*prompts, "a cat"]).detach()
+        return (after - before).square().mean((1, 2)).tolist(), erasure.history
+
+    free, free_history = moved()
+    same, same_history = moved(anchors=("a star", "a cat"))
+    assert (same, same_history) == (free, free_history)
+    held, _ = moved(anchors=("a star", "a cat"), preserve_weight=1e3)
+    assert held[0] < free[0] / 4
+    assert held[1] < free[1] / 4
+    unlisted, _ = moved(preserve_weight=1e3)
+    assert unlisted[1] > held[1]
+
+
 @pytest.fixture(scope="session")
 def right_to_wrong(toy, toy_rises):
     return [
@@ -253,6 +284,7 @@ def test_velocity_models_are_erased_too(images):
         ({"latents": "none"}, "`latents`"),
         ({"templates": ("a photo",)}, "`templates`"),
         ({"betas": (0.9, 1.0)}, "`betas`"),
+        ({"preserve_weight": -1.0}, "`preserve_weight`"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,11 +37,15 @@ def main() -> None:
     parser.add_argument(
         "--warm-start", action="store_true", help="diffusion: begin with the weights in --out"
     )
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.warm_start and options.model != "diffusion":
         parser.error(f"--warm-start is for diffusion, not for {options.model}")
     torch.set_num_threads(options.threads)
-    recipe, work = RECIPES[options.model][options.recipe], options.work / options.recipe
+    recipe = RECIPES[options.model][options.recipe]
+    recipe = replace(recipe, steps=options.steps or recipe.steps, seed=options.seed)
+    work = options.work / options.recipe
     pipeline = options.out / "pipeline"
     if options.model == "vae":
         save_fp16(vae.train_vae(recipe, work), pipeline / "vae")
@@ -51,7 +56,8 @@ def main() -> None:
     elif options.model == "recogniser":
         save_recogniser(recogniser.train_recogniser(recipe, work), options.out / "recogniser")
     else:
-        diffusion.train_diffusion(recipe, diffusion.POOL_SIZES[options.recipe], work, pipeline)
+        pool_size = diffusion.POOL_SIZES[options.recipe]
+        diffusion.train_diffusion(recipe, pool_size, work, pipeline, options.warm_start)
     _record(options.out / "training.json", options.model, work, options.warm_start)
 
 
