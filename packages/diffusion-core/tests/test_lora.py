@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from unweave.diffusion_core.changes import LowRank
 from unweave.diffusion_core.errors import ArtifactError, NonFiniteError, SelectionError
 from unweave.diffusion_core.files import load_tensors, save_tensors
 from unweave.diffusion_core.keys import base_parameters
 from unweave.diffusion_core.lora import LORA_FILE, add_lora, load_lora_factors, save_lora
 from unweave.diffusion_core.pipelines import base_model_hash
 from unweave.diffusion_core.testing import tiny_pipeline
-from unweave.diffusion_core.weight_delta import DeltaMeta, LowRank, WeightDelta
+from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.diffusion_core.checkpoints import TrainingState
 from unweave.diffusion_core.errors import ArtifactError, NonFiniteError, SelectionError
 from unweave.diffusion_core.files import folder_lock, load_tensors
-from unweave.diffusion_core.training import TrainingState, batch_indices, run_training
+from unweave.diffusion_core.training import batch_indices, run_training
 
 KILLS = """
 import json, os, random, signal, sys, time

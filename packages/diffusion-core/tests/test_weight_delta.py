@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from unweave.diffusion_core.changes import Change, LowRank
 from unweave.diffusion_core.errors import (
     ArtifactError,
     NonFiniteError,
@@ -24,7 +25,7 @@ from unweave.diffusion_core.errors import (
 )
 from unweave.diffusion_core.pipelines import base_model_hash
 from unweave.diffusion_core.testing import tiny_pipeline
-from unweave.diffusion_core.weight_delta import Change, DeltaMeta, LowRank, WeightDelta
+from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

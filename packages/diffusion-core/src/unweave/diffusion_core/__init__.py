@@ -1,5 +1,7 @@
 """What every unweave package builds on: pipelines, artifacts, training, metrics and reports."""
 
+from unweave.diffusion_core.changes import LowRank
+from unweave.diffusion_core.checkpoints import TrainingState
 from unweave.diffusion_core.clip import clip_features, token_embedding_override
 from unweave.diffusion_core.denoiser import Denoiser, Prediction, classifier_free
 from unweave.diffusion_core.errors import (
@@ -59,9 +61,9 @@ from unweave.diffusion_core.report import Report, image_grid
 from unweave.diffusion_core.teacher import frozen_teacher
 from unweave.diffusion_core.testing import tiny_pipeline, tiny_xl_pipeline
 from unweave.diffusion_core.tokens import add_tokens, load_tokens, save_token, train_token_rows
-from unweave.diffusion_core.training import TrainingState, batch_indices, run_training
+from unweave.diffusion_core.training import batch_indices, run_training
 from unweave.diffusion_core.trajectories import partial_trajectory
-from unweave.diffusion_core.weight_delta import DeltaMeta, LowRank, WeightDelta
+from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unweave.diffusion_core.errors import (
-    ArtifactError,
-    NonFiniteError,
-    SelectionError,
-    UnweaveError,
+from unweave.diffusion_core.changes import (
+    Change,
+    Changes,
+    Factors,
+    LowRank,
+    flat,
+    from_tensors,
+    lora_factors,
+    merged,
+    misfit,
+    own_copies,
+    to_tensors,
 )
+from unweave.diffusion_core.errors import ArtifactError, SelectionError, UnweaveError
 from unweave.diffusion_core.files import (
     atomic_folder,
     load_tensors,
@@ -28,7 +36,7 @@ from unweave.diffusion_core.files import (
     write_manifest,
 )
 from unweave.diffusion_core.keys import base_parameters, canonical_key
-from unweave.diffusion_core.originals import edits_of
+from unweave.diffusion_core.originals import apply_delta, is_applied, revert_delta
 from unweave.diffusion_core.pipelines import (
     Pipeline,
     base_model_hash,
@@ -39,45 +47,7 @@ from unweave.diffusion_core.pipelines import (
 
 DELTA_FILE = "delta.safetensors"
 _PACKAGES = ("unweave-diffusion-core", "torch", "diffusers", "transformers")
-_SEPARATOR, _DOWN, _UP = "/", "//down", "//up"
 _READ_ATTEMPTS = 20
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A change of an `nn.Linear` weight as `up @ down`: down (r, in), up (out, r)."""
-
-    down: Tensor
-    up: Tensor
-
-    def __post_init__(self) -> None:
-        """Check that the factors fit each other."""
-        if self.down.ndim != 2 or self.up.ndim != 2 or self.down.shape[0] != self.up.shape[1]:
-            raise SelectionError(
-                "`down` must be (r, in) and `up` (out, r), got "
-                f"{tuple(self.down.shape)} and {tuple(self.up.shape)}"
-            )
-
-    @property
-    def rank(self) -> int:
-        """The number r of rows of `down`."""
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape (out, in) of the weight that is changed."""
-        return torch.Size((self.up.shape[0], self.down.shape[1]))
-
-    def dense(self) -> Tensor:
-        """Return the change as one (out, in) tensor."""
-        return self.up @ self.down
-
-
-Change = Tensor | LowRank
-"""A change of one parameter."""
-
-Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
-"""LoRA factors, {component: {module path: (down, up)}}."""
 
 
 def current_versions() -> dict[str, str]:
@@ -143,21 +113,12 @@ class WeightDelta:
     the installed transformers version uses. Tensors are kept on the CPU.
     """
 
-    def __init__(
-        self, deltas: Mapping[str, Mapping[str, Change]], meta: DeltaMeta, *, strict: bool = True
-    ) -> None:
+    def __init__(self, deltas: Changes, meta: DeltaMeta, *, strict: bool = True) -> None:
         """Check and copy the changes; `strict=False` lets the delta be applied to any base model.
 
         Raises `NonFiniteError` for NaN or infinite changes, `SelectionError` for none at all.
         """
-        self._deltas = {
-            component: {
-                canonical_key(component, name): _own_copy(component, name, change)
-                for name, change in changes.items()
-            }
-            for component, changes in deltas.items()
-            if changes
-        }
+        self._deltas = own_copies(deltas)
         if not self._deltas:
             raise SelectionError("a weight delta must change at least one parameter, got none")
         self.meta = meta
@@ -200,14 +161,14 @@ class WeightDelta:
         return cls(deltas, meta)
 
     @property
-    def deltas(self) -> Mapping[str, Mapping[str, Change]]:
+    def deltas(self) -> Changes:
         """The changes, {component: {canonical parameter name: change}}, read-only."""
         return MappingProxyType({key: MappingProxyType(val) for key, val in self._deltas.items()})
 
     @property
     def low_rank(self) -> bool:
         """Whether every change is stored as low-rank factors, hence exactly a LoRA."""
-        return all(isinstance(change, LowRank) for _, _, change in self._items())
+        return all(isinstance(change, LowRank) for _, _, change in flat(self._deltas))
 
     def apply(self, pipe: Pipeline, strength: float = 1.0, *, strict: bool = True) -> AppliedDelta:
         """Add `strength` times the changes to the weights of `pipe`, keeping the originals.
@@ -223,13 +184,8 @@ class WeightDelta:
         self._check_parameters(pipe)
         if strict and self.strict:
             self._check_base(pipe)
-        for component, changes in self._deltas.items():
-            module = _component(pipe, component)
-            edits, parameters = edits_of(module), base_parameters(component, module)
-            for name in changes.keys() - edits.originals.keys():
-                edits.originals[name] = parameters[name].detach().clone()
-            edits.active.append((self, float(strength)))
-            _recompute(component, module, changes)
+        for component in self._deltas:
+            apply_delta(component, _component(pipe, component), self, float(strength))
         return AppliedDelta(self, pipe)
 
     def revert(self, pipe: Pipeline) -> None:
@@ -239,19 +195,12 @@ class WeightDelta:
         """
         if not self.is_applied(pipe):
             raise UnweaveError("this delta is not applied to this pipeline, so cannot be reverted")
-        for component, changes in self._deltas.items():
-            module = _component(pipe, component)
-            edits = edits_of(module)
-            edits.active = [pair for pair in edits.active if pair[0] is not self]
-            _recompute(component, module, changes)
+        for component in self._deltas:
+            revert_delta(component, _component(pipe, component), self)
 
     def is_applied(self, pipe: Pipeline) -> bool:
         """Return whether this very object is applied to `pipe` now."""
-        return any(
-            delta is self
-            for component in self._deltas
-            for delta, _ in edits_of(_component(pipe, component)).active
-        )
+        return any(is_applied(_component(pipe, component), self) for component in self._deltas)
 
     def merge(self, other: WeightDelta) -> WeightDelta:
         """Return one delta with the changes of both; low-rank factors stay low-rank.
@@ -263,17 +212,14 @@ class WeightDelta:
                 f"cannot merge deltas of two base models, {self.meta.base_hash} and "
                 f"{other.meta.base_hash}"
             )
-        merged: dict[str, dict[str, Change]] = {c: dict(v) for c, v in self._deltas.items()}
-        for component, name, change in other._items():
-            mine = merged.setdefault(component, {})
-            mine[name] = _sum(mine[name], change) if name in mine else change
+        changes = merged(self._deltas, other._deltas)
         parts = [
             {"method": part.meta.method, "settings": dict(part.meta.settings)}
             for part in (self, other)
         ]
         method = f"{self.meta.method} + {other.meta.method}"
         meta = DeltaMeta(self.meta.base_hash, method, {"merged": parts})
-        return WeightDelta(merged, meta, strict=self.strict and other.strict)
+        return WeightDelta(changes, meta, strict=self.strict and other.strict)
 
     def to_lora(self, rank: int | None = None) -> tuple[Factors, float]:
         """Return LoRA factors and their relative Frobenius error to the changes.
@@ -282,20 +228,7 @@ class WeightDelta:
         `rank=None` to their full numerical rank. Raises `SelectionError` when a change is not of
         an `nn.Linear` weight.
         """
-        if rank is not None and rank < 1:
-            raise SelectionError(f"`rank` must be at least 1, got {rank}")
-        factors: Factors = {}
-        squared_error = squared_norm = 0.0
-        for component, name, change in self._items():
-            path = _linear_path(component, name, change)
-            close = _low_rank(change, rank)
-            exact = close is change
-            dense = _dense(change).double()
-            squared_norm += dense.square().sum().item()
-            if not exact:
-                squared_error += (dense - close.dense().double()).square().sum().item()
-            factors.setdefault(component, {})[path] = (close.down, close.up)
-        return factors, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+        return lora_factors(self._deltas, rank)
 
     def save(
         self,
@@ -311,7 +244,7 @@ class WeightDelta:
         cannot be written or holds files of somebody else.
         """
         with atomic_folder(folder) as new:
-            save_tensors(new / DELTA_FILE, self._tensors())
+            save_tensors(new / DELTA_FILE, to_tensors(self._deltas))
             if extra is not None:
                 extra(new)
             meta = {
@@ -347,7 +280,7 @@ class WeightDelta:
             raise ArtifactError(f"{str(folder)!r} holds no weight delta: {DELTA_FILE!r} is missing")
         tensors = load_tensors(path, sha256=manifest["files"][DELTA_FILE])
         try:
-            deltas = _parse_tensors(tensors)
+            deltas = from_tensors(tensors)
             meta = DeltaMeta(
                 manifest["base_hash"],
                 manifest["method"],
@@ -357,23 +290,6 @@ class WeightDelta:
         except (KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{str(path)!r} is no weight delta: {error!r}") from error
         return cls(deltas, meta, strict=strict)
-
-    def _items(self) -> list[tuple[str, str, Change]]:
-        return [
-            (component, name, change)
-            for component, changes in self._deltas.items()
-            for name, change in changes.items()
-        ]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
-        for component, name, change in self._items():
-            key = component + _SEPARATOR + name
-            if isinstance(change, LowRank):
-                tensors[key + _DOWN], tensors[key + _UP] = change.down, change.up
-            else:
-                tensors[key] = change
-        return tensors
 
     def _check_base(self, pipe: Pipeline) -> None:
         found = base_model_hash(pipe)
@@ -386,21 +302,12 @@ class WeightDelta:
 
     def _check_parameters(self, pipe: Pipeline) -> None:
         for component, changes in self._deltas.items():
-            parameters = base_parameters(component, _component(pipe, component))
-            for name, change in changes.items():
-                if name not in parameters:
-                    raise ArtifactError(
-                        f"this delta changes {component}.{name}, which the pipeline lacks; it was "
-                        f"made on another model, with hash {self.meta.base_hash}, than this one, "
-                        f"with {base_model_hash(pipe)}"
-                    )
-                if parameters[name].shape != change.shape:
-                    raise ArtifactError(
-                        f"this delta changes {component}.{name} of shape {tuple(change.shape)}, "
-                        f"and the pipeline has {tuple(parameters[name].shape)}; it was made on "
-                        f"another model, with hash {self.meta.base_hash}, than this one, with "
-                        f"{base_model_hash(pipe)}"
-                    )
+            problem = misfit(changes, base_parameters(component, _component(pipe, component)))
+            if problem:
+                raise ArtifactError(
+                    f"this delta changes {component}.{problem}; it was made on another model, with "
+                    f"hash {self.meta.base_hash}, than this one, with {base_model_hash(pipe)}"
+                )
 
 
 def _component(pipe: Pipeline, component: str) -> nn.Module:
@@ -408,85 +315,6 @@ def _component(pipe: Pipeline, component: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ArtifactError(f"the pipeline has no model called {component!r} to change")
     return module
-
-
-def _own_copy(component: str, name: str, change: Change) -> Change:
-    tensors = (change.down, change.up) if isinstance(change, LowRank) else (change,)
-    for tensor in tensors:
-        if not tensor.isfinite().all():
-            raise NonFiniteError(f"the change of {component}.{name} has NaN or infinite values")
-    copies = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors]
-    return LowRank(copies[0], copies[1]) if isinstance(change, LowRank) else copies[0]
-
-
-def _dense(change: Change) -> Tensor:
-    return change.dense() if isinstance(change, LowRank) else change
-
-
-def _sum(first: Change, second: Change) -> Change:
-    if first.shape != second.shape:
-        raise ArtifactError(
-            f"cannot merge changes of shapes {tuple(first.shape)} and {tuple(second.shape)}"
-        )
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return LowRank(torch.cat([first.down, second.down]), torch.cat([first.up, second.up], 1))
-    return _dense(first) + _dense(second)
-
-
-@torch.no_grad()
-def _recompute(component: str, module: nn.Module, names: Mapping[str, Change]) -> None:
-    """Set parameters to originals plus active deltas; forget originals that nothing changes."""
-    edits, parameters = edits_of(module), base_parameters(component, module)
-    for name in names:
-        original = edits.originals[name]
-        active = [
-            (delta.deltas[component][name], strength)
-            for delta, strength in edits.active
-            if name in delta.deltas[component]
-        ]
-        value = original
-        for change, strength in active:
-            value = value.float() + strength * _dense(change).to(original.device).float()
-        parameters[name].copy_(value)
-        if not active:
-            del edits.originals[name]
-
-
-def _linear_path(component: str, name: str, change: Change) -> str:
-    path, _, kind = name.rpartition(".")
-    if len(change.shape) != 2 or kind != "weight" or path.endswith("_embedding"):
-        raise SelectionError(
-            f"{component}.{name} of shape {tuple(change.shape)} is no weight of an nn.Linear, so "
-            "the delta cannot be a LoRA: keep it as a delta, or edit linear weights only"
-        )
-    return path
-
-
-def _low_rank(change: Change, rank: int | None) -> LowRank:
-    if isinstance(change, LowRank) and (rank is None or change.rank <= rank):
-        return change
-    dense = _dense(change)
-    left, values, right = torch.linalg.svd(dense.double(), full_matrices=False)
-    if rank is None:
-        tolerance = values[0] * max(dense.shape) * torch.finfo(dense.dtype).eps
-        rank = max(1, int((values > tolerance).sum()))
-    root = values[:rank].sqrt()
-    down = root[:, None] * right[:rank]
-    return LowRank(down.to(dense.dtype), (left[:, :rank] * root).to(dense.dtype))
-
-
-def _parse_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Change]]:
-    deltas: dict[str, dict[str, Change]] = {}
-    for key, tensor in tensors.items():
-        component, _, name = key.partition(_SEPARATOR)
-        if name.endswith(_UP):
-            continue
-        change: Change = tensor
-        if name.endswith(_DOWN):
-            name = name.removesuffix(_DOWN)
-            change = LowRank(tensor, tensors[component + _SEPARATOR + name + _UP])
-        deltas.setdefault(component, {})[name] = change
-    return deltas
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unweave.diffusion_core.changes import LowRank
 from unweave.diffusion_core.errors import NonFiniteError, SelectionError, UnweaveError
-from unweave.diffusion_core.weight_delta import LowRank
 
 
 @dataclass(frozen=True)

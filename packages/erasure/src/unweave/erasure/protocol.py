@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from unweave.diffusion_core.changes import as_dense
 from unweave.diffusion_core.errors import (
     ArtifactError,
     PipelineError,
@@ -25,7 +26,7 @@ from unweave.diffusion_core.files import atomic_write_bytes, read_manifest, save
 from unweave.diffusion_core.keys import base_parameters, canonical_text_encoder_key
 from unweave.diffusion_core.lora import save_lora
 from unweave.diffusion_core.pipelines import Pipeline
-from unweave.diffusion_core.weight_delta import AppliedDelta, LowRank, WeightDelta
+from unweave.diffusion_core.weight_delta import AppliedDelta, WeightDelta
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -261,8 +262,7 @@ def _edited(base: CLIPTextModel, delta: WeightDelta) -> CLIPTextModel:
     parameters = base_parameters(TEXT_ENCODER_FOLDER, edited)
     with torch.no_grad():
         for name, change in delta.deltas.get(TEXT_ENCODER_FOLDER, {}).items():
-            dense = change.dense() if isinstance(change, LowRank) else change
-            parameters[name].copy_(parameters[name].float() + dense.float())
+            parameters[name].copy_(parameters[name].float() + as_dense(change).float())
     return edited
 
 
