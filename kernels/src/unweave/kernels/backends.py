@@ -1,0 +1,69 @@
+"""Which implementation of a routine runs: its definition, or a fast form for one kind of device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+"""What can be chosen: `auto` takes the fast form for the device of the tensors, if there is one."""
+
+VARIABLE = "UNWEAVE_BACKEND"
+"""The environment variable that chooses a backend where no `use_backend` does."""
+
+_chosen: ContextVar[str | None] = ContextVar("unweave_backend", default=None)
+
+
+class BackendError(ValueError):
+    """A backend that does not exist, or that cannot work on the given tensors."""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every routine in the block by one backend.
+
+    Raises `BackendError` for a name that is not in `BACKENDS`.
+
+    >>> with use_backend("reference"):
+    ...     resolve("cpu")
+    'reference'
+    """
+    token = _chosen.set(_checked(name, "`name`"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve(device: torch.device | str, fast: tuple[str, ...] = ("cpu", "cuda")) -> str:
+    """Return the backend for tensors on `device` of a routine that has the `fast` forms.
+
+    A device or routine without a fast form gets "reference". Raises `BackendError` when a backend
+    was chosen by name that does not work on `device` or that the routine does not have.
+    """
+    kind = torch.device(device).type
+    wanted = _chosen.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    if wanted == "reference":
+        return wanted
+    if wanted == "auto":
+        return kind if kind in fast else "reference"
+    if wanted != kind:
+        raise BackendError(
+            f"the backend {wanted!r} was chosen, but the tensors are on {kind!r}; move them, or "
+            'choose "auto" or "reference"'
+        )
+    if wanted not in fast:
+        raise BackendError(
+            f'this routine has no {wanted!r} form; choose "auto", which then takes its reference'
+        )
+    return wanted
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source} must be one of {BACKENDS}, got {name!r}")
+    return name

@@ -1,0 +1,42 @@
+"""Which implementation runs."""
+
+import pytest
+
+from unweave.kernels.backends import VARIABLE, BackendError, resolve, use_backend
+
+
+def test_auto_takes_the_form_of_the_device():
+    assert resolve("cpu") == "cpu"
+    assert resolve("meta") == "reference"
+    assert resolve("cpu", fast=("cuda",)) == "reference"
+
+
+def test_a_block_chooses_and_ends():
+    with use_backend("reference"):
+        assert resolve("cpu") == "reference"
+        with use_backend("cpu"):
+            assert resolve("cpu") == "cpu"
+        assert resolve("cpu") == "reference"
+    assert resolve("cpu") == "cpu"
+
+
+def test_the_environment_chooses_where_no_block_does(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert resolve("cpu") == "reference"
+    with use_backend("cpu"):
+        assert resolve("cpu") == "cpu"
+    monkeypatch.setenv(VARIABLE, "tpu")
+    with pytest.raises(BackendError, match="UNWEAVE_BACKEND must be one of .* got 'tpu'"):
+        resolve("cpu")
+
+
+def test_a_backend_that_cannot_work_is_refused():
+    with pytest.raises(BackendError, match="'cuda' was chosen, but the tensors are on 'cpu'"):
+        with use_backend("cuda"):
+            resolve("cpu")
+    with pytest.raises(BackendError, match="no 'cpu' form"):
+        with use_backend("cpu"):
+            resolve("cpu", fast=("cuda",))
+    with pytest.raises(BackendError, match="`name` must be one of"):
+        with use_backend("fastest"):
+            pass
