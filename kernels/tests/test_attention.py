@@ -237,6 +237,9 @@ def test_the_operators_keep_torchs_contract():
         torch.ops.unweave.attention_with_maps, (q, k, v, None, columns, weights, 0.5, "mean")
     )
     torch.library.opcheck(torch.ops.unweave.masked_attention, (q, k, v, None, None, 0.5))
+    torch.library.opcheck(
+        torch.ops.unweave.attention_maps, (q, k, None, columns, weights, 0.5, "mean")
+    )
 
 
 def test_a_mask_that_learns_gets_its_gradient():
@@ -268,6 +271,20 @@ def test_maps_alone_are_the_maps_and_so_are_their_gradients():
     )
     for found, expected in both(attention_maps, q, k, groups=[[1, 2]]):
         assert_close("maps alone", found, expected)
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "added", "of-keys"])
+@pytest.mark.parametrize("reduce_heads", REDUCTIONS)
+def test_maps_of_frozen_keys_have_the_same_gradient(reduce_heads, mask):
+    shape = (2, 3, 5, 7, 8, 8)
+    q, k, _ = inputs(shape)
+    own = masks(shape)[mask]
+
+    def maps_of(q):
+        return attention_maps(q, k, groups=[[1, 2], [6]], reduce_heads=reduce_heads, mask=own)
+
+    for found, expected in both(maps_of, q):
+        assert_close("frozen keys", found, expected)
 
 
 @pytest.mark.parametrize("reduce_heads", REDUCTIONS)
@@ -305,7 +322,8 @@ def test_products_are_those_with_the_stored_matrix(reduce_heads, transpose, back
 @given(data=st.data())
 def test_any_shape_and_mask_agrees_with_the_definition(data):
     sizes = [
-        data.draw(st.integers(1, high), label) for label, high in zip("bhqkd", (3, 3, 9, 9, 9))
+        data.draw(st.integers(1, high), label)
+        for label, high in zip("bhqkd", (3, 3, 9, 9, 9), strict=True)
     ]
     b, h, q, k, d = sizes
     tensors = inputs((b, h, q, k, d, d), seed=data.draw(st.integers(0, 99), "seed"))

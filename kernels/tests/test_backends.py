@@ -26,7 +26,7 @@ def test_the_environment_chooses_where_no_block_does(monkeypatch):
     with use_backend("cpu"):
         assert resolve("cpu") == "cpu"
     monkeypatch.setenv(VARIABLE, "tpu")
-    with pytest.raises(BackendError, match="UNWEAVE_BACKEND must be one of .* got 'tpu'"):
+    with pytest.raises(BackendError, match=r"UNWEAVE_BACKEND must be one of .* got 'tpu'"):
         resolve("cpu")
 
 
@@ -34,9 +34,7 @@ def test_a_backend_that_cannot_work_is_refused():
     with pytest.raises(BackendError, match="'cuda' was chosen, but the tensors are on 'cpu'"):
         with use_backend("cuda"):
             resolve("cpu")
-    with pytest.raises(BackendError, match="no 'cpu' form"):
-        with use_backend("cpu"):
-            resolve("cpu", fast=("cuda",))
-    with pytest.raises(BackendError, match="`name` must be one of"):
-        with use_backend("fastest"):
-            pass
+    with pytest.raises(BackendError, match="no 'cpu' form"), use_backend("cpu"):
+        resolve("cpu", fast=("cuda",))
+    with pytest.raises(BackendError, match="`name` must be one of"), use_backend("fastest"):
+        pass

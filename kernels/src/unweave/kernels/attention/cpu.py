@@ -106,19 +106,15 @@ def maps_from_lse(
 ) -> Tensor:
     """Return exp(q . k_s scale + mask - lse) for the keys `columns`, grouped, over heads."""
     batch, heads, queries = lse.shape
-    wide = columns[:, None, :, None].expand(-1, heads, -1, k.shape[3])
-    chosen = k.gather(2, wide).to(lse)
-    added = None if mask is None else columns_of(added_to_scores(mask, lse.dtype), columns)
+    chosen, added = _keys_of(k, columns).to(lse), _added_columns(mask, columns, lse.dtype)
     width = columns.shape[1] if weights is None else weights.shape[1]
     keep = reduce_heads == "none"
     maps = lse.new_zeros(batch, heads if keep else 1, queries, width)
     step = max(1, BLOCK // max(1, batch * queries * columns.shape[1]))
     for first in range(0, heads, step):
         part = slice(first, first + step)
-        logits = q[:, part].to(lse) @ chosen[:, part].transpose(-1, -2) * scale
-        if added is not None:
-            logits = logits + (added if added.shape[1] == 1 else added[:, part])
-        p = exp_less(logits, lse[:, part])
+        own = added if added is None or added.shape[1] == 1 else added[:, part]
+        p = _probabilities_of(q[:, part], chosen[:, part], lse[:, part], own, scale)
         p = p if weights is None else p @ weights.to(p)
         if keep:
             maps[:, part] = p
@@ -141,8 +137,9 @@ def backward(
     columns: Tensor | None,
     lse: Tensor,
     scale: float,
+    of_keys: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `q`, `k` and `v`.
+    """Return the gradients of `q`, `k` and `v`, the latter two as zeros unless `of_keys`.
 
     `grad_columns` (B, H or 1, Q, C) is the gradient of the probabilities of `columns`. With g the
     gradient of all probabilities, that of a score is p (g - p . g + grad_lse).
@@ -159,7 +156,8 @@ def backward(
         if grad_out is not None:
             own = grad_out[b, :, rows].to(p)
             torch.matmul(own, v[b].to(p).transpose(-1, -2), out=grad)
-            dv[b] += p.transpose(-1, -2) @ own
+            if of_keys:
+                dv[b] += p.transpose(-1, -2) @ own
         if grad_columns is not None and columns is not None:
             at = columns[b].expand(*p.shape[:2], -1)
             grad.scatter_add_(-1, at, grad_columns[b, :, rows].to(p).expand(*p.shape[:2], -1))
@@ -168,8 +166,31 @@ def backward(
             total -= grad_lse[b, :, rows]
         grad.sub_(total[..., None]).mul_(p).mul_(scale)
         dq[b, :, rows] = grad @ k[b].to(p)
-        dk[b] += grad.transpose(-1, -2) @ q[b, :, rows].to(p)
+        if of_keys:
+            dk[b] += grad.transpose(-1, -2) @ q[b, :, rows].to(p)
     return dq.to(q), dk.to(k), dv.to(v)
+
+
+def maps_backward(
+    grad_columns: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    expected_key: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return the gradient of `q` from that of the probabilities of `columns` alone.
+
+    It is scale sum_s g_s p_s (k_s - expected key), the keys that are not wanted being in the
+    expected key P k (B, H, Q, d) of the forward pass, so no row of scores is made again.
+    """
+    chosen = _keys_of(k, columns).to(lse)
+    p = _probabilities_of(q, chosen, lse, _added_columns(mask, columns, lse.dtype), scale)
+    moved = p * grad_columns.to(p)
+    total = moved.sum(-1, keepdim=True)
+    return ((moved @ chosen - total * expected_key.to(p)) * scale).to(q)
 
 
 def transposed_product(
@@ -227,12 +248,26 @@ def is_dropped(columns: Tensor, keys: int) -> Tensor:
     return dropped[..., :keys]
 
 
-def columns_of(added: Tensor, columns: Tensor) -> Tensor:
-    """Return the given columns (B, C) of an additive mask, its other dimensions as they are."""
-    if added.shape[3] == 1:
-        return added
-    wide = added.expand(columns.shape[0], -1, -1, -1)
-    return wide.gather(3, columns[:, None, None].expand(*wide.shape[:3], -1))
+def _keys_of(k: Tensor, columns: Tensor) -> Tensor:
+    """Return the keys (B, H, C, d) at `columns` (B, C)."""
+    return k.gather(2, columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+
+
+def _added_columns(mask: Tensor | None, columns: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return what a mask adds at `columns` (B, C), its other dimensions as they are."""
+    if mask is None or mask.shape[3] == 1:
+        return None if mask is None else added_to_scores(mask, dtype)
+    wide = mask.expand(columns.shape[0], -1, -1, -1)
+    own = wide.gather(3, columns[:, None, None].expand(*wide.shape[:3], -1))
+    return added_to_scores(own, dtype)
+
+
+def _probabilities_of(
+    q: Tensor, chosen: Tensor, lse: Tensor, added: Tensor | None, scale: float
+) -> Tensor:
+    """Return the probabilities of the keys `chosen` (B, H, C, d)."""
+    logits = q.to(lse) @ chosen.transpose(-1, -2) * scale
+    return exp_less(logits if added is None else logits + added, lse)
 
 
 def exp_less(logits: Tensor, lse: Tensor) -> Tensor:

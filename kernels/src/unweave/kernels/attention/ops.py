@@ -50,6 +50,24 @@ def attention_with_maps(
     return results
 
 
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> Tensor:
+    """Return the maps alone."""
+    if _by_definition(q, mask):
+        return reference.attention_with_maps(
+            q, k, k.detach(), mask, columns, weights, scale, reduce_heads
+        )[1]
+    maps: Tensor = _attention_maps(q, k, mask, columns, weights, scale, reduce_heads)[0]
+    return maps
+
+
 @torch.no_grad()
 def transposed_product(
     q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, scale: float
@@ -117,11 +135,76 @@ def _(
     scale: float,
     reduce_heads: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries = q.shape[:3]
+    lse = q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, _empty_maps(q, columns, weights, reduce_heads), lse
+
+
+def _empty_maps(q: Tensor, columns: Tensor, weights: Tensor | None, reduce_heads: str) -> Tensor:
+    batch, heads, queries, _ = q.shape
     width = columns.shape[1] if weights is None else weights.shape[1]
     over = (batch, heads, queries) if reduce_heads == "none" else (batch, queries)
-    lse = q.new_empty(batch, heads, queries, dtype=cpu.accumulator(q.dtype))
-    return q.new_empty(batch, heads, queries, v.shape[3]), q.new_empty(*over, width), lse
+    return q.new_empty(*over, width)
+
+
+@torch.library.custom_op("unweave::attention_maps", mutates_args=())
+def _attention_maps(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps, the expected key (B, H, Q, d) that their gradient needs, and the log-sum-exp."""
+    expected_key, maps, lse = cpu.attention_with_maps(
+        q, k, k, mask, columns, weights, scale, reduce_heads
+    )
+    return maps, expected_key, lse
+
+
+@_attention_maps.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    expected_key = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
+    return _empty_maps(q, columns, weights, reduce_heads), expected_key, lse
+
+
+@torch.library.custom_op("unweave::maps_backward", mutates_args=())
+def _maps_backward(
+    grad_columns: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    expected_key: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    return cpu.maps_backward(grad_columns, q, k, mask, columns, expected_key, lse, scale)
+
+
+@_maps_backward.register_fake
+def _(
+    grad_columns: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    expected_key: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    return torch.empty_like(q)
 
 
 @torch.library.custom_op("unweave::attention_backward", mutates_args=())
@@ -137,9 +220,10 @@ def _attention_backward(
     columns: Tensor | None,
     lse: Tensor,
     scale: float,
+    of_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return cpu.backward(
-        grad_out, grad_columns, grad_lse, q, k, v, mask, drop_columns, columns, lse, scale
+        grad_out, grad_columns, grad_lse, q, k, v, mask, drop_columns, columns, lse, scale, of_keys
     )
 
 
@@ -156,6 +240,7 @@ def _(
     columns: Tensor | None,
     lse: Tensor,
     scale: float,
+    of_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -172,7 +257,7 @@ def _masked_gradients(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, mask, drop_columns, lse = ctx.saved_tensors
     gradients = _attention_backward(
-        grad_out, None, grad_lse, q, k, v, mask, drop_columns, None, lse, ctx.scale
+        grad_out, None, grad_lse, q, k, v, mask, drop_columns, None, lse, ctx.scale, _of_keys(ctx)
     )
     return *gradients, None, None, None
 
@@ -188,19 +273,68 @@ def _maps_gradients(
     ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, mask, columns, weights, lse = ctx.saved_tensors
-    grad_columns = grad_maps
-    if grad_columns is not None:
-        if weights is not None:
-            grad_columns = grad_columns @ weights.transpose(0, 1)
-        if ctx.reduce_heads != "none":
-            grad_columns = grad_columns[:, None]
-        if ctx.reduce_heads == "mean":
-            grad_columns = grad_columns / q.shape[1]
+    grad_columns = _spread(grad_maps, weights, ctx.reduce_heads, q.shape[1])
     gradients = _attention_backward(
-        grad_out, grad_columns, grad_lse, q, k, v, mask, None, columns, lse, ctx.scale
+        grad_out,
+        grad_columns,
+        grad_lse,
+        q,
+        k,
+        v,
+        mask,
+        None,
+        columns,
+        lse,
+        ctx.scale,
+        _of_keys(ctx),
     )
     return *gradients, None, None, None, None, None
 
 
+def _keep_maps_alone(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    q, k, mask, columns, weights, scale, reduce_heads = inputs
+    ctx.save_for_backward(q, k, mask, columns, weights, output[1], output[2])
+    ctx.scale, ctx.reduce_heads = scale, reduce_heads
+    ctx.set_materialize_grads(False)
+
+
+def _maps_alone_gradients(
+    ctx: Any, grad_maps: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, mask, columns, weights, expected_key, lse = ctx.saved_tensors
+    grad_columns = _spread(grad_maps, weights, ctx.reduce_heads, q.shape[1])
+    if grad_columns is None:
+        return (None,) * 7
+    if ctx.needs_input_grad[1]:
+        dq, dk, _unused = _attention_backward(
+            None, grad_columns, None, q, k, k, mask, None, columns, lse, ctx.scale, True
+        )
+        return dq, dk, None, None, None, None, None
+    dq = _maps_backward(grad_columns, q, k, mask, columns, expected_key, lse, ctx.scale)
+    return dq, None, None, None, None, None, None
+
+
+def _spread(
+    grad_maps: Tensor | None, weights: Tensor | None, reduce_heads: str, heads: int
+) -> Tensor | None:
+    """Return the gradient of each head's probabilities of the columns, (B, H or 1, Q, C)."""
+    if grad_maps is None:
+        return None
+    if weights is not None:
+        grad_maps = grad_maps @ weights.transpose(0, 1)
+    if reduce_heads == "none":
+        return grad_maps
+    grad_maps = grad_maps[:, None]
+    return grad_maps / heads if reduce_heads == "mean" else grad_maps
+
+
+def _of_keys(ctx: Any) -> bool:
+    """Whether keys or values need a gradient."""
+    return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+
+
 _masked_attention.register_autograd(_masked_gradients, setup_context=_keep_masked)
 _attention_with_maps.register_autograd(_maps_gradients, setup_context=_keep_maps)
+_attention_maps.register_autograd(_maps_alone_gradients, setup_context=_keep_maps_alone)
