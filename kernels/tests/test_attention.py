@@ -321,10 +321,8 @@ def test_products_are_those_with_the_stored_matrix(reduce_heads, transpose, back
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_mask_agrees_with_the_definition(data):
-    sizes = [
-        data.draw(st.integers(1, high), label)
-        for label, high in zip("bhqkd", (3, 3, 9, 9, 9), strict=True)
-    ]
+    limits = zip("bhqkd", (3, 3, 9, 9, 9), strict=True)
+    sizes = [data.draw(st.integers(1, limit), name) for name, limit in limits]
     b, h, q, k, d = sizes
     tensors = inputs((b, h, q, k, d, d), seed=data.draw(st.integers(0, 99), "seed"))
     shape = [data.draw(st.sampled_from([1, size]), "mask") for size in (b, h, q, k)]

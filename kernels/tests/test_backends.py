@@ -31,9 +31,11 @@ def test_the_environment_chooses_where_no_block_does(monkeypatch):
 
 
 def test_a_backend_that_cannot_work_is_refused():
-    with pytest.raises(BackendError, match="'cuda' was chosen, but the tensors are on 'cpu'"):
-        with use_backend("cuda"):
-            resolve("cpu")
+    with (
+        use_backend("cuda"),
+        pytest.raises(BackendError, match="'cuda' was chosen, but the tensors are on 'cpu'"),
+    ):
+        resolve("cpu")
     with pytest.raises(BackendError, match="no 'cpu' form"), use_backend("cpu"):
         resolve("cpu", fast=("cuda",))
     with pytest.raises(BackendError, match="`name` must be one of"), use_backend("fastest"):

@@ -1,0 +1,220 @@
+"""What unweave-kernels says about its speed and memory, measured beside the usual ways."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from claims_runner import Claim, Measure
+from timing import median_seconds, peak_bytes
+from unweave.kernels import attention_maps, attention_with_maps
+
+UNET = {4096: 40, 1024: 80, 256: 160}
+"""Features a head by number of queries: cross-attention of Stable Diffusion 1.5 at 512 pixels."""
+
+TOKENS, WANTED = 77, [2, 5]
+DIT_TOKENS, DIT_WANTED = 1024 + 176, list(range(8))
+TOLERANCE = 2e-5
+BUSY = "see the setting for the numbers of each size"
+
+
+def unet_time(seed: int, quick: bool) -> Claim:
+    """Time of the output and two maps, against fused attention without maps."""
+    ratios = {}
+    for queries in sizes(quick):
+        q, k, v = unet_inputs(queries, seed)
+        require_parity(q, k, v)
+        ours, bare = median_seconds(
+            lambda q=q, k=k, v=v: attention_with_maps(q, k, v, columns=WANTED),
+            lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v),
+            repeats=3 if quick else 21,
+        )
+        ratios[queries] = ours / bare
+    return Claim.at_most(
+        "attention-unet-time",
+        "Attention with the maps of two tokens costs little more than attention",
+        "torch scaled_dot_product_attention without maps",
+        f"SD 1.5 shapes, batch 2, 8 heads, {TOKENS} tokens, forward; {listed(ratios)}",
+        value=max(ratios.values()),
+        limit=1.1,
+        unit="x",
+        digits=".2f",
+        note=BUSY,
+    )
+
+
+def unet_memory(seed: int, quick: bool) -> Claim:
+    """Memory beyond that of the output, against keeping all probabilities."""
+    ratios = {}
+    for queries in sizes(quick):
+        q, k, v = unet_inputs(queries, seed)
+        require_parity(q, k, v)
+        output = q.numel() * q.element_size()
+        ours = peak_bytes(lambda q=q, k=k, v=v: attention_with_maps(q, k, v, columns=WANTED))
+        explicit = peak_bytes(lambda q=q, k=k, v=v: explicit_attention(q, k, v))
+        ratios[queries] = (explicit - output) / max(1, ours - output)
+    return at_least(
+        "attention-unet-memory",
+        "Maps of two tokens take a fraction of the memory of all probabilities",
+        "explicit softmax that keeps the maps, as diffusers' AttnProcessor",
+        f"SD 1.5 shapes, forward, bytes beyond the output; {listed(ratios)}",
+        min(ratios.values()),
+        8,
+    )
+
+
+def unet_gradient(seed: int, quick: bool) -> Claim:
+    """Time forwards and backwards to the queries, from output and maps."""
+    ratios = {}
+    for queries in sizes(quick):
+        q, k, v = unet_inputs(queries, seed)
+        require_parity(q, k, v)
+        q.requires_grad_()
+        ours, explicit = median_seconds(
+            lambda q=q, k=k, v=v: gradient(q, *attention_with_maps(q, k, v, columns=WANTED)),
+            lambda q=q, k=k, v=v: gradient(q, *explicit_attention(q, k, v)),
+            repeats=3 if quick else 11,
+        )
+        ratios[queries] = explicit / ours
+    return at_least(
+        "attention-unet-gradient",
+        "Output, maps and the gradient of the queries are faster than through explicit softmax",
+        "explicit softmax that keeps the maps, as diffusers' AttnProcessor",
+        f"SD 1.5 shapes, forward and backward to q; {listed(ratios)}",
+        min(ratios.values()),
+        1.5,
+    )
+
+
+def unet_maps_gradient(seed: int, quick: bool) -> Claim:
+    """Time of maps alone, forwards and backwards to the queries."""
+    ratios = {}
+    for queries in sizes(quick):
+        q, k, v = unet_inputs(queries, seed)
+        require_parity(q, k, v)
+        q.requires_grad_()
+        ours, explicit = median_seconds(
+            lambda q=q, k=k: gradient(q, attention_maps(q, k, columns=WANTED)),
+            lambda q=q, k=k: gradient(q, explicit_maps(q, k)[..., WANTED].mean(1)),
+            repeats=3 if quick else 11,
+        )
+        ratios[queries] = explicit / ours
+    return at_least(
+        "attention-unet-maps-gradient",
+        "Maps alone and the gradient of the queries are faster than through explicit softmax",
+        "explicit softmax over all tokens",
+        f"SD 1.5 shapes, forward and backward to q; {listed(ratios)}",
+        min(ratios.values()),
+        1.5,
+    )
+
+
+def dit_time(seed: int, quick: bool) -> Claim:
+    """Time that maps add to fused joint attention, against recomputing all probabilities."""
+    q, k, v = dit_inputs(seed, 128 if quick else DIT_TOKENS)
+    _, maps = attention_with_maps(q, k, v, columns=DIT_WANTED)
+    torch.testing.assert_close(maps, recomputed_maps(q, k), rtol=0, atol=TOLERANCE)
+    ours, bare, recompute = median_seconds(
+        lambda: attention_with_maps(q, k, v, columns=DIT_WANTED),
+        lambda: scaled_dot_product_attention(q, k, v),
+        lambda: recomputed_maps(q, k),
+        repeats=3 if quick else 11,
+    )
+    return at_least(
+        "attention-dit-time",
+        "In joint attention the maps of eight tokens add a fraction of a full recompute's time",
+        "attention-map-diffusers 1.0 (its operator transcribed: float32, chunks of 1,024 queries)",
+        f"24 heads, {q.shape[2]} tokens, 128 features; attention {1e3 * bare:.0f} ms, with maps "
+        f"{1e3 * ours:.0f} ms, recompute {1e3 * recompute:.0f} ms more",
+        recompute / max(ours - bare, 1e-6),
+        10,
+    )
+
+
+def at_least(name: str, text: str, source: str, setting: str, value: float, limit: float) -> Claim:
+    """A claim that a ratio is at least `limit`."""
+    return Claim(
+        id=name,
+        text=text,
+        source=source,
+        setting=setting,
+        aim=f">= {limit:g}x",
+        measured=f"{value:.2f}x",
+        interval=None,
+        holds=value >= limit,
+        note="" if value >= limit else BUSY,
+    )
+
+
+def sizes(quick: bool) -> list[int]:
+    """The numbers of queries that are measured."""
+    return [256] if quick else list(UNET)
+
+
+@cache
+def unet_inputs(queries: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a cross-attention layer, batch 2, 8 heads."""
+    generator = torch.Generator().manual_seed(seed)
+    width = UNET[queries]
+    q = torch.randn(2, 8, queries, width, generator=generator)
+    return q, *(torch.randn(2, 8, TOKENS, width, generator=generator) for _ in range(2))
+
+
+def dit_inputs(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a joint attention layer, batch 1, 24 heads."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 24, tokens, 128, generator=generator) for _ in range(3))
+    return q, k, v
+
+
+def require_parity(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise `AssertionError` unless output, maps and gradient are those of explicit softmax."""
+    q = q.detach().requires_grad_()
+    ours = attention_with_maps(q, k, v, columns=WANTED)
+    theirs = explicit_attention(q, k, v)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(gradient(q, *ours), gradient(q, *theirs), rtol=1e-4, atol=1e-4)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the wanted maps from stored probabilities."""
+    p = explicit_maps(q, k)
+    return p @ v, p[..., WANTED].mean(1)
+
+
+def explicit_maps(q: Tensor, k: Tensor) -> Tensor:
+    """All probabilities."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def recomputed_maps(q: Tensor, k: Tensor) -> Tensor:
+    """The wanted maps from scores made again, a part of the queries at a time."""
+    scale, parts = q.shape[-1] ** -0.5, []
+    for part in q.split(1024, dim=2):
+        p = (part.float() @ k.float().transpose(-1, -2) * scale).softmax(-1)
+        parts.append(p[..., DIT_WANTED].mean(1))
+    return torch.cat(parts, 1)
+
+
+def gradient(q: Tensor, *results: Tensor) -> Tensor:
+    """The gradient of `q` from all of `results`."""
+    (own,) = torch.autograd.grad([result.square().sum() for result in results], q)
+    return own
+
+
+def listed(ratios: dict[int, float]) -> str:
+    """Ratios by number of queries."""
+    return ", ".join(f"{ratio:.2f}x at {queries}" for queries, ratio in ratios.items())
+
+
+CLAIMS: dict[str, Measure] = {
+    "attention-unet-time": unet_time,
+    "attention-unet-memory": unet_memory,
+    "attention-unet-gradient": unet_gradient,
+    "attention-unet-maps-gradient": unet_maps_gradient,
+    "attention-dit-time": dit_time,
+}
