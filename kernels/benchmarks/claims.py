@@ -10,13 +10,21 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from claims_runner import Claim, Measure
 from timing import median_seconds, peak_bytes
-from unweave.kernels import attention_maps, attention_with_maps
+from unweave.kernels import (
+    attention_maps,
+    attention_with_maps,
+    nearest_code,
+    scalar_quantize,
+)
 
 UNET = {4096: 40, 1024: 80, 256: 160}
 """Features a head by number of queries: cross-attention of Stable Diffusion 1.5 at 512 pixels."""
 
 TOKENS, WANTED = 77, [2, 5]
 DIT_TOKENS, DIT_WANTED = 1024 + 176, list(range(8))
+CODES = ((65_536, 8_192, 64), (4_096, 10_000, 512))
+"""Rows, codes and features."""
+
 TOLERANCE = 2e-5
 BUSY = "see the setting for the numbers of each size"
 
@@ -134,6 +142,71 @@ def dit_time(seed: int, quick: bool) -> Claim:
     )
 
 
+def nearest_code_time(seed: int, quick: bool) -> Claim:
+    """Time of nearest codes, against all distances and their minimum."""
+    ratios = {}
+    for rows, codes, width in [(512, 1024, 64)] if quick else CODES:
+        x, codebook = code_inputs(rows, codes, width, seed)
+        require_nearest(x, codebook)
+        ours, distances = median_seconds(
+            lambda x=x, codebook=codebook: nearest_code(x, codebook),
+            lambda x=x, codebook=codebook: torch.cdist(x, codebook).argmin(1),
+            repeats=3 if quick else 7,
+        )
+        ratios[codes] = distances / ours
+    return at_least(
+        "nearest-code-time",
+        "Nearest codes are found faster than by all distances",
+        "torch.cdist and argmin",
+        f"65,536 rows of 64 features, 4,096 rows of 512; {listed(ratios)} codes",
+        min(ratios.values()),
+        2,
+    )
+
+
+def nearest_code_memory(seed: int, quick: bool) -> Claim:
+    """Memory beyond the inputs, as a part of all distances."""
+    shares = {}
+    for rows, codes, width in [(4096, 8192, 16)] if quick else CODES:
+        x, codebook = code_inputs(rows, codes, width, seed)
+        used = peak_bytes(lambda x=x, codebook=codebook: nearest_code(x, codebook))
+        shares[codes] = 100 * used / (4 * rows * codes)
+    each = ", ".join(f"{share:.1f} % at {codes} codes" for codes, share in shares.items())
+    return Claim.at_most(
+        "nearest-code-memory",
+        "Nearest codes take little memory beside what all distances would",
+        "a float32 matrix of all distances",
+        f"65,536 rows of 64 features, 4,096 rows of 512; {each}",
+        value=max(shares.values()),
+        limit=5,
+        unit="%",
+        note=BUSY,
+    )
+
+
+def scalar_quantize_time(seed: int, quick: bool) -> Claim:
+    """Time of quantizing latents, against the distance to every value."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(1_000 if quick else 65_536, 12, generator=generator)
+    values = torch.linspace(-1, 1, 10).repeat(12, 1)
+
+    def broadcast() -> Tensor:
+        indices = (z[..., None] - values).abs().argmin(-1)
+        codes = values[torch.arange(12), indices]
+        return z + (codes - z).detach()
+
+    torch.testing.assert_close(scalar_quantize(z, values).values, broadcast())
+    ours, usual = median_seconds(lambda: scalar_quantize(z, values), broadcast)
+    return at_least(
+        "scalar-quantize-time",
+        "Latents are quantized faster than by their distance to every value",
+        "the broadcast form of QLAE",
+        f"{len(z)} rows of 12 latents, 10 values each",
+        usual / ours,
+        5,
+    )
+
+
 def at_least(name: str, text: str, source: str, setting: str, value: float, limit: float) -> Claim:
     """A claim that a ratio is at least `limit`."""
     return Claim(
@@ -161,6 +234,21 @@ def unet_inputs(queries: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     width = UNET[queries]
     q = torch.randn(2, 8, queries, width, generator=generator)
     return q, *(torch.randn(2, 8, TOKENS, width, generator=generator) for _ in range(2))
+
+
+@cache
+def code_inputs(rows: int, codes: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows and a codebook."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    return x, torch.randn(codes, width, generator=generator)
+
+
+def require_nearest(x: Tensor, codebook: Tensor) -> None:
+    """Raise `AssertionError` unless no code is nearer than those found, for some of the rows."""
+    _, distances = nearest_code(x, codebook)
+    best = torch.cdist(x[:256].double(), codebook.double()).amin(1)
+    torch.testing.assert_close(distances[:256].double(), best, rtol=1e-5, atol=1e-5)
 
 
 def dit_inputs(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,4 +305,7 @@ CLAIMS: dict[str, Measure] = {
     "attention-unet-gradient": unet_gradient,
     "attention-unet-maps-gradient": unet_maps_gradient,
     "attention-dit-time": dit_time,
+    "nearest-code-time": nearest_code_time,
+    "nearest-code-memory": nearest_code_memory,
+    "scalar-quantize-time": scalar_quantize_time,
 }

@@ -1,0 +1,28 @@
+"""Nearest codes, defined: plain torch, any device and dtype, every distance stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
+    """Return the indices (N, k) of the codes (M, d) nearest to `x` (N, d), nearest first.
+
+    Of codes at one distance the first comes first.
+    """
+    distances = (x[:, None] - codebook).square().sum(-1)
+    return distances.sort(dim=1, stable=True).indices[:, :k]
+
+
+def nearest_value(z: Tensor, values: Tensor) -> Tensor:
+    """Return, for `z` (N, D), the index (N, D) of the nearest of the `values` (D, V) of its column.
+
+    Of values at one distance the first wins.
+    """
+    distances = (z[:, :, None] - values).abs()
+    return torch.where(
+        distances == distances.amin(-1, keepdim=True),
+        torch.arange(values.shape[1], device=z.device),
+        values.shape[1],
+    ).amin(-1)
