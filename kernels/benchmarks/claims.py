@@ -15,6 +15,8 @@ from unweave.kernels import (
     attention_with_maps,
     nearest_code,
     scalar_quantize,
+    sinkhorn,
+    streaming_logsumexp_topk,
 )
 
 UNET = {4096: 40, 1024: 80, 256: 160}
@@ -207,6 +209,60 @@ def scalar_quantize_time(seed: int, quick: bool) -> Claim:
     )
 
 
+def ranking_time(seed: int, quick: bool) -> Claim:
+    """Time of log-sum-exp and best keys, against all products."""
+    queries, keys = ranking_inputs(seed, quick)
+    require_ranking(queries, keys)
+    ours, usual = median_seconds(
+        lambda: streaming_logsumexp_topk(queries, keys, 40),
+        lambda: all_products(queries, keys),
+        repeats=3 if quick else 7,
+    )
+    return at_least(
+        "ranking-time",
+        "Log-sum-exp and the best 40 of all keys are found faster than from all products",
+        "matmul, logsumexp and topk",
+        f"{len(queries)} queries, {len(keys)} keys, 32 features",
+        usual / ours,
+        1.5,
+    )
+
+
+def ranking_memory(seed: int, quick: bool) -> Claim:
+    """Memory beyond the inputs, as a part of that of all products."""
+    queries, keys = ranking_inputs(seed, quick)
+    ours = peak_bytes(lambda: streaming_logsumexp_topk(queries, keys, 40))
+    usual = peak_bytes(lambda: all_products(queries, keys))
+    return Claim.at_most(
+        "ranking-memory",
+        "Ranking all keys takes little memory beside all products",
+        "matmul, logsumexp and topk",
+        f"{len(queries)} queries, {len(keys)} keys, 32 features",
+        value=100 * ours / usual,
+        limit=10,
+        unit="%",
+        note="the best keys of the queries, gathered for their values, are the larger part",
+    )
+
+
+def sinkhorn_time(seed: int, quick: bool) -> Claim:
+    """Time of three iterations, against the usual loop."""
+    size = (64, 4096) if quick else (512, 131_072)
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(seed)) / 4
+    torch.testing.assert_close(sinkhorn(scores), sinkhorn_loop(scores), rtol=1e-3, atol=1e-6)
+    ours, usual = median_seconds(
+        lambda: sinkhorn(scores), lambda: sinkhorn_loop(scores), repeats=3 if quick else 7
+    )
+    return at_least(
+        "sinkhorn-time",
+        "Sinkhorn-Knopp is faster than the usual loop",
+        "the loop of SwAV and DINOv2, which divides the matrix in place",
+        f"{size[0]} samples, {size[1]} prototypes, 3 iterations, temperature 0.05",
+        usual / ours,
+        2,
+    )
+
+
 def at_least(name: str, text: str, source: str, setting: str, value: float, limit: float) -> Claim:
     """A claim that a ratio is at least `limit`."""
     return Claim(
@@ -249,6 +305,43 @@ def require_nearest(x: Tensor, codebook: Tensor) -> None:
     _, distances = nearest_code(x, codebook)
     best = torch.cdist(x[:256].double(), codebook.double()).amin(1)
     torch.testing.assert_close(distances[:256].double(), best, rtol=1e-5, atol=1e-5)
+
+
+def ranking_inputs(seed: int, quick: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys, as many as a batch of users and the items of Gowalla's size."""
+    generator = torch.Generator().manual_seed(seed)
+    count, items = (256, 4096) if quick else (4096, 57_440)
+    return (
+        torch.randn(count, 32, generator=generator),
+        torch.randn(items, 32, generator=generator),
+    )
+
+
+def require_ranking(queries: Tensor, keys: Tensor) -> None:
+    """Raise `AssertionError` unless log-sum-exp and best products are those of all products."""
+    lse, values = all_products(queries[:256], keys)
+    found = streaming_logsumexp_topk(queries[:256], keys, 40)
+    torch.testing.assert_close(found.lse, lse)
+    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=1e-4)
+
+
+def all_products(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and the best 40 from the matrix of all products."""
+    scores = queries @ keys.T
+    return scores.logsumexp(1), scores.topk(40, dim=1).values
+
+
+def sinkhorn_loop(scores: Tensor, eps: float = 0.05, iters: int = 3) -> Tensor:
+    """The usual form: the transposed matrix, divided in place."""
+    q = (scores / eps).exp().T.contiguous()
+    q /= q.sum()
+    for _ in range(iters):
+        q /= q.sum(1, keepdim=True)
+        q /= q.shape[0]
+        q /= q.sum(0, keepdim=True)
+        q /= q.shape[1]
+    q *= q.shape[1]
+    return q.T
 
 
 def dit_inputs(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,4 +401,7 @@ CLAIMS: dict[str, Measure] = {
     "nearest-code-time": nearest_code_time,
     "nearest-code-memory": nearest_code_memory,
     "scalar-quantize-time": scalar_quantize_time,
+    "ranking-time": ranking_time,
+    "ranking-memory": ranking_memory,
+    "sinkhorn-time": sinkhorn_time,
 }

@@ -15,6 +15,8 @@ from unweave.kernels.codes import (
     update_codebook,
     vector_quantize,
 )
+from unweave.kernels.ranking import streaming_logsumexp_topk
+from unweave.kernels.sinkhorn import sinkhorn
 
 __version__ = "0.0.1"
 
@@ -29,6 +31,8 @@ __all__ = [
     "nearest_code",
     "scalar_quantize",
     "self_attention_rows",
+    "sinkhorn",
+    "streaming_logsumexp_topk",
     "update_codebook",
     "use_backend",
     "vector_quantize",
