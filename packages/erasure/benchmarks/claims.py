@@ -26,8 +26,8 @@ from unweave.erasure.erase_run import EVALUATION_SEED, STYLE_TEMPLATES
 SOURCES = {"few-shot": "arXiv 2405.07288", "uce": "arXiv 2308.14761", "esd": "arXiv 2303.07345"}
 TUNED_ON = ("cat face", "pizza", "rocket", "guitar")
 TARGETS = (
-    *("panda", "frog", "turtle", "strawberry", "doughnut", "bicycle"),
-    *("soccer ball", "star", "penguin", "sunflower", "car", "clock"),
+    *("panda", "frog", "turtle", "strawberry", "doughnut"),
+    *("bicycle", "soccer ball", "star", "penguin", "sunflower"),
 )
 STYLES = ("openmoji", "fluent")
 MISSED = "settings are one recipe for all targets of a small model"

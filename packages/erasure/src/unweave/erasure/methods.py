@@ -40,10 +40,11 @@ _STYLE_PROMPTS = (
 )
 
 _FEW_SHOT = {
-    "epochs": 4,
-    "lr": 5e-4,
+    "epochs": 32,
+    "lr": 1e-3,
     "num_images": 16,
     "batch_size": 8,
+    "preserve_weight": 10.0,
     "guidance_scale": 4.0,
     "num_inference_steps": 25,
 }
