@@ -24,6 +24,7 @@ def draw(pipe: Any) -> torch.Tensor:
     return generate(pipe, ["a cat face"] * 4, seeds=range(4), num_inference_steps=25)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("method", ["uce", "few-shot"])
 def test_erase_look_undo_and_give_away(tmp_path: Path, method: str) -> None:
     command = [sys.executable, "-c", UNWEAVE, "erase", "cat face", "--method", method]
@@ -33,10 +34,9 @@ def test_erase_look_undo_and_give_away(tmp_path: Path, method: str) -> None:
     )
     told = json.loads(finished.stdout)
     before, after = told["target_rate"]["before"], told["target_rate"]["after"]
-    assert before >= 0.75 and after < before
-    if method == "uce":
-        assert after <= 0.25
-        assert told["preserved"]["pizza"]["after"] >= told["preserved"]["pizza"]["before"] - 0.25
+    assert before >= 0.75
+    assert after <= 0.25
+    assert told["preserved"]["pizza"]["after"] >= told["preserved"]["pizza"]["before"] - 0.25
     assert all((tmp_path / path).exists() for path in told["files"].values())
 
     weights = tmp_path / told["files"]["weights"]

@@ -242,6 +242,19 @@ def test_the_operators_keep_torchs_contract():
     )
 
 
+def test_compiled_graphs_hold_the_operators():
+    q, k, v = inputs((1, 2, 3, 4, 5, 5), torch.float32, grad=True)
+
+    def loss(q, k, v):
+        out, maps = attention_with_maps(q, k, v, columns=[0, 2])
+        return out.sum() + maps.square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    for one, other in zip(found, torch.autograd.grad(loss(q, k, v), (q, k, v)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_mask_that_learns_gets_its_gradient():
     q, k, v = inputs((1, 2, 3, 4, 5, 5))
     mask = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)

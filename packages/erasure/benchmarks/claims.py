@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -98,71 +99,73 @@ class Outcome:
 def target_rate(method: str, kind: str, seed: int, quick: bool) -> Claim:
     """Mean recognition of the targets after their erasure."""
     results = outcomes(Trial(method, kind), seed, quick)
-    rates = [100 * result.after for result in results]
     before = mean(result.before for result in results)
-    return Claim.at_most(
-        f"{method}-{kind}-target",
-        f"{method}: an erased {kind} is no longer recognised in images of its prompts, on average",
-        SOURCES[method],
-        f"{_setting(results, quick)}; {before:.0%} before",
-        value=mean(rates),
-        limit=15,
-        unit="%",
-        interval=_interval(rates),
-        note=MISSED,
+    return mean_at_most(
+        15,
+        "%",
+        [result.after for result in results],
+        id=f"{method}-{kind}-target",
+        text=f"{method}: an erased {kind} is no longer recognised in images of its prompts, "
+        "on average",
+        source=SOURCES[method],
+        setting=f"{_setting(results, quick)}; {before:.0%} before",
     )
 
 
 def others_drop(method: str, kind: str, seed: int, quick: bool) -> Claim:
     """Mean drop of recognition of everything that was not erased."""
     results = outcomes(Trial(method, kind), seed, quick)
-    drops = [100 * result.drop for result in results]
-    return Claim.at_most(
-        f"{method}-{kind}-others",
-        f"{method}: the mean rate of other {kind}s drops little (below 0: it rises)",
-        SOURCES[method],
-        _setting(results, quick),
-        value=mean(drops),
-        limit=5,
-        unit="points",
-        interval=_interval(drops),
-        note=MISSED,
+    return mean_at_most(
+        5,
+        "points",
+        [result.drop for result in results],
+        id=f"{method}-{kind}-others",
+        text=f"{method}: the mean rate of other {kind}s drops little (below 0: it rises)",
+        source=SOURCES[method],
+        setting=_setting(results, quick),
     )
 
 
 def other_prompts(method: str, seed: int, quick: bool) -> Claim:
     """Mean recognition of erased objects under templates that no recipe has."""
     results = outcomes(Trial(method), seed, quick)
-    rates = [100 * result.elsewhere[1] for result in results]
     before = mean(result.elsewhere[0] for result in results)
-    return Claim.at_most(
-        f"{method}-other-prompts",
-        f"{method}: an erased object stays away in prompts that the recipe does not have",
-        SOURCES[method],
-        f"{len(results)} targets, prompts with style and background; {before:.0%} before",
-        value=mean(rates),
-        limit=15,
-        unit="%",
-        interval=_interval(rates),
-        note=MISSED,
+    return mean_at_most(
+        15,
+        "%",
+        [result.elsewhere[1] for result in results],
+        id=f"{method}-other-prompts",
+        text=f"{method}: an erased object stays away in prompts that the recipe does not have",
+        source=SOURCES[method],
+        setting=f"{len(results)} targets, prompts with style and background; {before:.0%} before",
     )
 
 
 def unlisted_others(method: str, seed: int, quick: bool) -> Claim:
     """Mean drop of objects that the eraser was not told to keep."""
     results = outcomes(Trial(method, half_listed=True), seed, quick, TUNED_ON)
-    drops = [100 * result.drop for result in results]
-    return Claim.at_most(
-        f"{method}-unlisted-others",
-        f"{method}: objects that nobody asked to keep drop little too",
-        SOURCES[method],
-        f"{_setting(results, quick)}: every second object, the rest being preserved; target "
-        f"{mean(result.after for result in results):.0%} after",
-        value=mean(drops),
-        limit=5,
-        unit="points",
-        interval=_interval(drops),
+    after = mean(result.after for result in results)
+    return mean_at_most(
+        5,
+        "points",
+        [result.drop for result in results],
+        id=f"{method}-unlisted-others",
+        text=f"{method}: objects that nobody asked to keep drop little too",
+        source=SOURCES[method],
+        setting=f"{_setting(results, quick)}: every second object, the rest being preserved; "
+        f"target {after:.0%} after",
         note="what is to stay should be named in `preserve`",
+    )
+
+
+def mean_at_most(
+    limit: float, unit: str, shares: Sequence[float], *, note: str = MISSED, **words: str
+) -> Claim:
+    """A claim that the mean of `shares`, one a target, is at most `limit` percent or points."""
+    values = [100 * share for share in shares]
+    interval = _interval(values)
+    return Claim.at_most(
+        **words, value=mean(values), limit=limit, unit=unit, interval=interval, note=note
     )
 
 

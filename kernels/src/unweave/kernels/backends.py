@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -43,10 +44,11 @@ def resolve(device: torch.device | str, fast: tuple[str, ...] = ("cpu", "cuda"))
     """Return the backend for tensors on `device` of a routine that has the `fast` forms.
 
     A device or routine without a fast form gets "reference". Raises `BackendError` when a backend
-    was chosen by name that does not work on `device` or that the routine does not have.
+    was chosen by name that does not work on `device` or that the routine does not have. A compiled
+    graph keeps what was chosen when it was compiled.
     """
     kind = torch.device(device).type
-    wanted = _chosen.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    wanted = _wanted()
     if wanted == "reference":
         return wanted
     if wanted == "auto":
@@ -63,7 +65,25 @@ def resolve(device: torch.device | str, fast: tuple[str, ...] = ("cpu", "cuda"))
     return wanted
 
 
+def operator(name: str, function: Callable[..., Any], empty: Callable[..., Any]) -> Any:
+    """Return `function` as the torch operator `unweave::name`, which changes no argument.
+
+    Its annotations are its schema; `empty` takes the same arguments and returns tensors of the
+    shapes and dtypes of the results.
+    """
+    made = torch.library.custom_op(f"unweave::{name}", function, mutates_args=())
+    made.register_fake(empty)
+    return made
+
+
+def _wanted() -> str:
+    return _chosen.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise BackendError(f"{source} must be one of {BACKENDS}, got {name!r}")
     return name
+
+
+torch.compiler.assume_constant_result(_wanted)

@@ -55,6 +55,21 @@ def attention_with_maps(
     return out, maps.to(q.dtype), lse
 
 
+def maps_alone(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the maps, the expected key P k (B, H, Q, d) and the log-sum-exp."""
+    expected_key, lse = attention(q, k, k, mask, scale)
+    maps = maps_from_lse(q, k, lse, mask, columns, weights, scale, reduce_heads)
+    return maps.to(q.dtype), expected_key, lse
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +152,7 @@ def backward(
     columns: Tensor | None,
     lse: Tensor,
     scale: float,
-    of_keys: bool = True,
+    of_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `q`, `k` and `v`, the latter two as zeros unless `of_keys`.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.attention import cpu, reference
-from unweave.kernels.backends import resolve
+from unweave.kernels.backends import operator, resolve
 
 FAST = ("cpu",)
 """Devices with a fast form."""
@@ -85,33 +85,11 @@ def _by_definition(q: Tensor, mask: Tensor | None) -> bool:
     return learned or resolve(q.device, FAST) == "reference"
 
 
-@torch.library.custom_op("unweave::masked_attention", mutates_args=())
-def _masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    drop_columns: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return cpu.masked_attention(q, k, v, mask, drop_columns, scale)
+def _empty_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), _empty_lse(q)
 
 
-@_masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    drop_columns: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
-    return q.new_empty(*q.shape[:3], v.shape[3]), lse
-
-
-@torch.library.custom_op("unweave::attention_with_maps", mutates_args=())
-def _attention_with_maps(
+def _empty_with_maps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -121,23 +99,34 @@ def _attention_with_maps(
     scale: float,
     reduce_heads: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.attention_with_maps(q, k, v, mask, columns, weights, scale, reduce_heads)
-
-
-@_attention_with_maps.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    reduce_heads: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, _empty_maps(q, columns, weights, reduce_heads), lse
+    return out, _empty_maps(q, columns, weights, reduce_heads), _empty_lse(q)
+
+
+def _empty_maps_alone(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_maps(q, columns, weights, reduce_heads), q.new_empty(q.shape), _empty_lse(q)
+
+
+def _empty_gradients(
+    grad_out: Any, grad_columns: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _empty_gradient(grad_columns: Tensor, q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
 
 
 def _empty_maps(q: Tensor, columns: Tensor, weights: Tensor | None, reduce_heads: str) -> Tensor:
@@ -145,104 +134,6 @@ def _empty_maps(q: Tensor, columns: Tensor, weights: Tensor | None, reduce_heads
     width = columns.shape[1] if weights is None else weights.shape[1]
     over = (batch, heads, queries) if reduce_heads == "none" else (batch, queries)
     return q.new_empty(*over, width)
-
-
-@torch.library.custom_op("unweave::attention_maps", mutates_args=())
-def _attention_maps(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    reduce_heads: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The maps, the expected key (B, H, Q, d) that their gradient needs, and the log-sum-exp."""
-    expected_key, maps, lse = cpu.attention_with_maps(
-        q, k, k, mask, columns, weights, scale, reduce_heads
-    )
-    return maps, expected_key, lse
-
-
-@_attention_maps.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    reduce_heads: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    expected_key = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=cpu.accumulator(q.dtype))
-    return _empty_maps(q, columns, weights, reduce_heads), expected_key, lse
-
-
-@torch.library.custom_op("unweave::maps_backward", mutates_args=())
-def _maps_backward(
-    grad_columns: Tensor,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    expected_key: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> Tensor:
-    return cpu.maps_backward(grad_columns, q, k, mask, columns, expected_key, lse, scale)
-
-
-@_maps_backward.register_fake
-def _(
-    grad_columns: Tensor,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    expected_key: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(q)
-
-
-@torch.library.custom_op("unweave::attention_backward", mutates_args=())
-def _attention_backward(
-    grad_out: Tensor | None,
-    grad_columns: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    drop_columns: Tensor | None,
-    columns: Tensor | None,
-    lse: Tensor,
-    scale: float,
-    of_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.backward(
-        grad_out, grad_columns, grad_lse, q, k, v, mask, drop_columns, columns, lse, scale, of_keys
-    )
-
-
-@_attention_backward.register_fake
-def _(
-    grad_out: Tensor | None,
-    grad_columns: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    drop_columns: Tensor | None,
-    columns: Tensor | None,
-    lse: Tensor,
-    scale: float,
-    of_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -335,6 +226,11 @@ def _of_keys(ctx: Any) -> bool:
     return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
 
 
+_masked_attention = operator("masked_attention", cpu.masked_attention, _empty_attention)
+_attention_with_maps = operator("attention_with_maps", cpu.attention_with_maps, _empty_with_maps)
+_attention_maps = operator("attention_maps", cpu.maps_alone, _empty_maps_alone)
+_attention_backward = operator("attention_backward", cpu.backward, _empty_gradients)
+_maps_backward = operator("maps_backward", cpu.maps_backward, _empty_gradient)
 _masked_attention.register_autograd(_masked_gradients, setup_context=_keep_masked)
 _attention_with_maps.register_autograd(_maps_gradients, setup_context=_keep_maps)
 _attention_maps.register_autograd(_maps_alone_gradients, setup_context=_keep_maps_alone)

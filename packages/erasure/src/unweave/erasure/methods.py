@@ -40,11 +40,11 @@ _STYLE_PROMPTS = (
 )
 
 _FEW_SHOT = {
-    "epochs": 32,
+    "epochs": 48,
     "lr": 1e-3,
     "num_images": 16,
     "batch_size": 8,
-    "preserve_weight": 10.0,
+    "preserve_weight": 40.0,
     "guidance_scale": 4.0,
     "num_inference_steps": 25,
 }
