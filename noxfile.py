@@ -29,6 +29,7 @@ TOOLS = (
     "mypy",
     "import-linter",
 )
+EXTRAS = {"kernels": "[numba]"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
 OLD_STACK = (
     "diffusers==0.32.1",
@@ -135,7 +136,9 @@ def install_house(session: nox.Session) -> None:
     quiet = () if sys.stdout.isatty() else ("--quiet",)
     install = ("python", "-m", "pip", "install", *quiet, "--no-compile", "-c", str(CONSTRAINTS))
     run_in_house(session, *install, "torch==2.13.0", "hatchling", "editables", *TOOLS)
-    editable = [part for project in PROJECTS for part in ("-e", str(project))]
+    editable = [
+        part for project in PROJECTS for part in ("-e", f"{project}{EXTRAS.get(project.name, '')}")
+    ]
     run_in_house(session, *install, "--no-build-isolation", *editable)
     stamp.write_text(digest, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from unweave.kernels import backends
 from unweave.kernels.backends import VARIABLE, BackendError, resolve, use_backend
 
 
@@ -40,3 +41,14 @@ def test_a_backend_that_cannot_work_is_refused():
         resolve("cpu", fast=("cuda",))
     with pytest.raises(BackendError, match="`name` must be one of"), use_backend("fastest"):
         pass
+
+
+def test_a_missing_library_is_passed_over_unless_its_form_was_chosen(monkeypatch):
+    monkeypatch.setattr(backends, "_installed", lambda library: False)
+    assert resolve("cpu", needs={"cpu": "numba"}) == "reference"
+    assert resolve("cpu", needs={"cuda": "cupy"}) == "cpu"
+    with (
+        use_backend("cpu"),
+        pytest.raises(BackendError, match=r'pip install "unweave-kernels\[numba\]"'),
+    ):
+        resolve("cpu", needs={"cpu": "numba"})

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 VARIABLE = "UNWEAVE_BACKEND"
 """The environment variable that chooses a backend where no `use_backend` does."""
+
+NEEDS = {"numba": "numba", "cupy": "cuda"}
+"""Libraries that fast forms may need, and the extra of this package that installs each."""
 
 _chosen: ContextVar[str | None] = ContextVar("unweave_backend", default=None)
 
@@ -40,19 +45,25 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def resolve(device: torch.device | str, fast: tuple[str, ...] = ("cpu", "cuda")) -> str:
+def resolve(
+    device: torch.device | str,
+    fast: tuple[str, ...] = ("cpu", "cuda"),
+    needs: dict[str, str] | None = None,
+) -> str:
     """Return the backend for tensors on `device` of a routine that has the `fast` forms.
 
-    A device or routine without a fast form gets "reference". Raises `BackendError` when a backend
-    was chosen by name that does not work on `device` or that the routine does not have. A compiled
-    graph keeps what was chosen when it was compiled.
+    `needs` names the library that a form imports. A device or routine without a fast form, or
+    whose library is not installed, gets "reference". Raises `BackendError` when a backend was
+    chosen by name that does not work on `device`, that the routine does not have, or whose library
+    is missing. A compiled graph keeps what was chosen when it was compiled.
     """
     kind = torch.device(device).type
     wanted = _wanted()
     if wanted == "reference":
         return wanted
+    library = (needs or {}).get(kind)
     if wanted == "auto":
-        return kind if kind in fast else "reference"
+        return kind if kind in fast and (not library or _installed(library)) else "reference"
     if wanted != kind:
         raise BackendError(
             f"the backend {wanted!r} was chosen, but the tensors are on {kind!r}; move them, or "
@@ -61,6 +72,11 @@ def resolve(device: torch.device | str, fast: tuple[str, ...] = ("cpu", "cuda"))
     if wanted not in fast:
         raise BackendError(
             f'this routine has no {wanted!r} form; choose "auto", which then takes its reference'
+        )
+    if library and not _installed(library):
+        raise BackendError(
+            f"the {wanted!r} form of this routine needs {library}: "
+            f'pip install "unweave-kernels[{NEEDS[library]}]"'
         )
     return wanted
 
@@ -74,6 +90,11 @@ def operator(name: str, function: Callable[..., Any], empty: Callable[..., Any])
     made = torch.library.custom_op(f"unweave::{name}", function, mutates_args=())
     made.register_fake(empty)
     return made
+
+
+@cache
+def _installed(library: str) -> bool:
+    return find_spec(library) is not None
 
 
 def _wanted() -> str:
