@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Loop:
     def over(self, bounds: Sequence[int], *arrays: Any) -> None:
         """Loop over the rows between each two successive `bounds`, a thread for each part."""
         values = [_shared(array) for array in arrays]
-        parts = list(zip(bounds[:-1], bounds[1:], strict=True))
+        parts = list(pairwise(bounds))
         if len(parts) == 1:
             self.compiled(*parts[0], *values)
             return
