@@ -28,6 +28,7 @@ TOOLS = (
     "ruff",
     "mypy",
     "import-linter",
+    "faiss-cpu",
 )
 EXTRAS = {"kernels": "[numba]"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}

@@ -69,7 +69,8 @@ def test_cosine_finds_the_nearest_direction():
 def test_blocks_and_runs_do_not_show(monkeypatch):
     x, codebook = drawn(101, 700, 5, dtype=torch.float64)
     whole = nearest_code(x, codebook)[0]
-    monkeypatch.setattr(cpu, "BLOCK", 3000)
+    monkeypatch.setattr(cpu, "ROWS", 32)
+    monkeypatch.setattr(cpu, "CODES", 128)
     assert torch.equal(nearest_code(x, codebook)[0], whole)
     assert torch.equal(nearest_code(x, codebook, k=2)[0][:, 0], whole)
 
@@ -153,14 +154,31 @@ def test_scalar_quantization_passes_gradients_straight_through():
 
 def test_what_is_not_finite_stays_visible():
     values = torch.tensor([[0.0, 1.0]])
-    found = scalar_quantize(torch.tensor([[torch.nan], [torch.inf], [0.7]]), values).values
-    assert found[:2].isnan().all() and found[2] == 1
+    z = torch.tensor([[torch.nan], [torch.inf], [0.7]])
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            found = scalar_quantize(z, values).values
+        assert found[:2].isnan().all() and found[2] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_find_the_values_of_the_definition(dtype):
+    z, values = (tensor.to(dtype) for tensor in drawn(200, 12, 9))
+    z = z.T[1:].T
+    values = values.T[1:, :5]
+    found = scalar_quantize(z, values)
+    with use_backend("reference"):
+        expected = scalar_quantize(z.double(), values.double())
+    least = (expected.codes - z.double()).abs()
+    assert torch.equal((found.codes.double() - z.double()).abs(), least)
+    assert found.values.dtype == dtype
 
 
 def test_the_operators_keep_torchs_contract():
     x, codebook = drawn(5, 4, 3)
     torch.library.opcheck(torch.ops.unweave.nearest_code, (x, codebook, 2))
-    torch.library.opcheck(torch.ops.unweave.nearest_value, (x, torch.randn(3, 4)))
+    values = torch.randn(3, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.unweave.nearest_value, (x, values))
 
 
 def test_codes_move_to_the_mean_of_their_rows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,20 @@ class Loop:
     """A loop `function(first, last, *arrays)` over rows, compiled at its first call.
 
     Each thread has its own rows, so results do not depend on how many threads there are. Threads
-    end with the call: nothing is left that a fork could break.
+    end with the call: nothing is left that a fork could break. Pickled by name, as functions are.
+    With `fastmath` sums are taken in the order that is fastest on the processor, which loops that
+    reduce a row to one number need; what is not finite stays so.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], *, fastmath: bool = False) -> None:
         self.function = function
-        self.__doc__ = function.__doc__
+        self.options: dict[str, Any] = {"nogil": True}
+        if fastmath:
+            self.options["fastmath"] = {"reassoc", "contract"}
+        update_wrapper(self, function)
+
+    def __reduce__(self) -> str:
+        return self.function.__qualname__
 
     @cached_property
     def compiled(self) -> Callable[..., None]:
@@ -31,9 +39,10 @@ class Loop:
         from numba import njit
 
         try:
-            return njit(nogil=True, cache=True)(self.function)
+            compiled: Callable[..., None] = njit(cache=True, **self.options)(self.function)
         except RuntimeError:
-            return njit(nogil=True)(self.function)
+            compiled = njit(**self.options)(self.function)
+        return compiled
 
     def __call__(self, rows: int, work: int, *arrays: Any) -> None:
         """Loop over `rows` rows of about `work` elements each, split evenly."""

@@ -96,8 +96,7 @@ def scalar_quantize(z: Tensor, values: Tensor) -> Quantized:
         )
     _check_kind("z", z, "values", values)
     rows = z.reshape(-1, z.shape[-1])
-    indices = ops.nearest_value(rows.detach(), values.detach())
-    codes = values[torch.arange(len(values), device=z.device), indices]
+    codes, indices = ops.nearest_value(rows.detach(), values)
     quantized = _straight_through(z, codes.reshape(z.shape))
     return Quantized(quantized, indices.reshape(z.shape), codes.reshape(z.shape))
 

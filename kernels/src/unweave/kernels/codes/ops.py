@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from unweave.kernels.codes import cpu, reference
 
 FAST = ("cpu",)
 """Devices with a fast form."""
+
+NEEDS = {"cpu": "numba"}
+"""The library that the fast form of `nearest_value` needs."""
 
 
 def nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
@@ -20,21 +25,39 @@ def nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
     return indices
 
 
-def nearest_value(z: Tensor, values: Tensor) -> Tensor:
-    """Return the index (N, D) of the value nearest to `z` in its column's `values` (D, V)."""
-    if resolve(z.device, FAST) == "reference":
+def nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the one of its column's `values` (D, V) that is nearest to `z` (N, D), and its index.
+
+    It has the gradient of `values`.
+    """
+    if resolve(z.device, FAST, NEEDS) == "reference":
         return reference.nearest_value(z, values)
-    indices: Tensor = _nearest_value(z, values)
-    return indices
+    codes, indices = _nearest_value(z, values)
+    return codes, indices
 
 
 def _empty_nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
     return x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
-def _empty_nearest_value(z: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(z, dtype=torch.int64)
+def _empty_nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(z, dtype=torch.int64)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.shape = inputs[1].shape
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[None, Tensor]:
+    (indices,) = ctx.saved_tensors
+    dims, count = ctx.shape
+    places = indices + count * torch.arange(dims, device=grad.device)
+    sums = grad.new_zeros(dims * count).index_add(0, places.reshape(-1), grad.reshape(-1))
+    return None, sums.reshape(ctx.shape)
 
 
 _nearest = operator("nearest_code", cpu.nearest, _empty_nearest)
 _nearest_value = operator("nearest_value", cpu.nearest_value, _empty_nearest_value)
+_nearest_value.register_autograd(_gradients, setup_context=_keep)

@@ -15,14 +15,19 @@ def nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
     return distances.sort(dim=1, stable=True).indices[:, :k]
 
 
-def nearest_value(z: Tensor, values: Tensor) -> Tensor:
-    """Return, for `z` (N, D), the index (N, D) of the nearest of the `values` (D, V) of its column.
+def nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the one of its column's `values` (D, V) that is nearest to `z` (N, D), and its index.
 
     Of values at one distance the first wins.
     """
     distances = (z[:, :, None] - values).abs()
-    return torch.where(
-        distances == distances.amin(-1, keepdim=True),
-        torch.arange(values.shape[1], device=z.device),
-        values.shape[1],
-    ).amin(-1)
+    indices = (
+        torch.where(
+            distances == distances.amin(-1, keepdim=True),
+            torch.arange(values.shape[1], device=z.device),
+            values.shape[1],
+        )
+        .amin(-1)
+        .clamp(max=values.shape[1] - 1)
+    )
+    return values[torch.arange(len(values), device=z.device), indices], indices
