@@ -42,6 +42,18 @@ def fail(kind: str) -> None:
     if kind == "interrupt":
         raise KeyboardInterrupt
     raise ValueError("a bug")
+
+several = typer.Typer(help="Do one of several things.", no_args_is_help=True)
+
+@several.command()
+def double(number: int) -> None:
+    """Print twice the number."""
+    print(2 * number)
+
+@several.command()
+def refuse() -> None:
+    """Raise an error."""
+    fail("own")
 '''
 
 
@@ -58,6 +70,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "[unweave.commands]\n"
         "add = sample_commands:add\n"
         "fail = sample_commands:fail\n"
+        "several = sample_commands:several\n"
         "early = sample_package.commands:early\n"
         "broken = no_such_module_here:run\n"
     )

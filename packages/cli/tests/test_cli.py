@@ -40,6 +40,15 @@ def test_help_of_a_command_shows_its_arguments(runner):
     assert "--times" in result.stdout
 
 
+def test_a_group_is_listed_with_its_help_and_runs_its_commands(runner):
+    assert "Do one of several things." in unweave(runner, "--help").stdout
+    assert "sample_was_imported" not in sys.modules
+    assert unweave(runner, "several", "double", "4").stdout == "8\n"
+    assert "Print twice the number." in unweave(runner, "several", "--help").stdout
+    result = unweave(runner, "several", "refuse")
+    assert (result.exit_code, result.stderr) == (2, "error: `kind` must be good, got 'own'\n")
+
+
 def test_no_arguments_show_the_help(runner):
     result = unweave(runner)
     assert "Usage" in result.stdout + result.stderr

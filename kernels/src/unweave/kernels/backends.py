@@ -92,8 +92,12 @@ def operator(name: str, function: Callable[..., Any], empty: Callable[..., Any])
     return made
 
 
-@cache
 def _installed(library: str) -> bool:
+    return _found(library)
+
+
+@cache
+def _found(library: str) -> bool:
     return find_spec(library) is not None
 
 
@@ -107,4 +111,5 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-torch.compiler.assume_constant_result(_wanted)
+for _constant in (_wanted, _installed):
+    torch.compiler.assume_constant_result(_constant)

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 ENTRY_POINT_GROUP = "unweave.commands"
-"""The group in which a package registers functions annotated for typer, by command name."""
+"""The group in which a package registers functions for typer, or typer groups, by name."""
 
 
 def discover() -> dict[str, metadata.EntryPoint]:
@@ -19,9 +19,10 @@ def discover() -> dict[str, metadata.EntryPoint]:
 
 
 def summary(point: metadata.EntryPoint) -> str:
-    """Return the docstring of a command, read from its source file; "" when there is none.
+    """Return the docstring of a command or the `help` of a group, read from its source file.
 
-    Nothing is imported, since packages with commands may take seconds to import.
+    Empty when there is none. Nothing is imported, since packages with commands may take seconds to
+    import.
     """
     spec = _find_spec(point.module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
@@ -33,7 +34,16 @@ def summary(point: metadata.EntryPoint) -> str:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == point.attr:
             return ast.get_docstring(node) or ""
+        if isinstance(node, ast.Assign) and point.attr in map(ast.unparse, node.targets):
+            return _help(node.value)
     return ""
+
+
+def _help(call: ast.expr) -> str:
+    """Return the `help` that is given to `typer.Typer(...)`."""
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    given = [keyword.value for keyword in keywords if keyword.arg == "help"]
+    return str(ast.literal_eval(given[0])) if given else ""
 
 
 def _find_spec(module: str) -> ModuleSpec | None:

@@ -73,17 +73,19 @@ class LazyCommand(TyperCommand):
         return self.load().make_context(info_name, args, parent, **extra)
 
     def load(self) -> Any:
-        """Import the function behind the command and return the command typer makes of it."""
+        """Import the function or group behind the command and return what typer makes of it."""
         try:
-            function = self._point.load()
+            loaded = self._point.load()
         except ImportError as error:
             package = self._point.dist.name if self._point.dist else self._point.module
             raise typer.BadParameter(
                 f"the command {self.name!r} of {package} cannot be imported: {error}; install it "
                 f"again with pip install --force-reinstall {package}"
             ) from error
+        if isinstance(loaded, typer.Typer):
+            return typer.main.get_command(loaded)
         commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        commands.command(self.name)(function)
+        commands.command(self.name)(loaded)
         return typer.main.get_command(commands)
 
 
