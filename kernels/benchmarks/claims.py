@@ -6,7 +6,11 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import graph_claims
+import groupwise_claims
+import sparse_claims
 import torch
+from ratios import BUSY, at_least, listed
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -32,7 +36,6 @@ CODES = ((65_536, 8_192, 64), (4_096, 10_000, 512))
 """Rows, codes and features."""
 
 TOLERANCE = 2e-5
-BUSY = "not reached at every size: the setting has each"
 
 
 def unet_time(seed: int, quick: bool) -> Claim:
@@ -282,21 +285,6 @@ def sinkhorn_time(seed: int, quick: bool) -> Claim:
     )
 
 
-def at_least(name: str, text: str, source: str, setting: str, value: float, limit: float) -> Claim:
-    """A claim that a ratio is at least `limit`."""
-    return Claim(
-        id=name,
-        text=text,
-        source=source,
-        setting=setting,
-        aim=f">= {limit:g}x",
-        measured=f"{value:.2f}x",
-        interval=None,
-        holds=value >= limit,
-        note="" if value >= limit else BUSY,
-    )
-
-
 def unet_ratios(peer: Attention, ours: Attention, seed: int, quick: bool) -> dict[int, float]:
     """How many times faster than `peer` we are, by number of queries that require a gradient."""
     ratios = {}
@@ -420,11 +408,6 @@ def gradient(q: Tensor, *results: Tensor) -> Tensor:
     return own
 
 
-def listed(ratios: dict[int, float]) -> str:
-    """Ratios by number of queries."""
-    return ", ".join(f"{ratio:.2f}x at {queries}" for queries, ratio in ratios.items())
-
-
 CLAIMS: dict[str, Measure] = {
     "attention-unet-time": unet_time,
     "attention-unet-memory": unet_memory,
@@ -438,4 +421,7 @@ CLAIMS: dict[str, Measure] = {
     "ranking-time": ranking_time,
     "ranking-memory": ranking_memory,
     "sinkhorn-time": sinkhorn_time,
+    **graph_claims.CLAIMS,
+    **groupwise_claims.CLAIMS,
+    **sparse_claims.CLAIMS,
 }

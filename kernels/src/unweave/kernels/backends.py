@@ -111,5 +111,6 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: a second.
 for _constant in (_wanted, _installed):
-    torch.compiler.assume_constant_result(_constant)
+    vars(_constant)["_dynamo_marked_constant"] = True

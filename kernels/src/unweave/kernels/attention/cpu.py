@@ -15,6 +15,9 @@ from torch import Tensor
 BLOCK = 1 << 21
 """Elements of a block of scores."""
 
+GPU_BLOCK = 1 << 25
+"""Elements of a block of scores on a GPU."""
+
 
 def masked_attention(
     q: Tensor,
@@ -121,11 +124,11 @@ def maps_from_lse(
 ) -> Tensor:
     """Return exp(q . k_s scale + mask - lse) for the keys `columns`, grouped, over heads."""
     batch, heads, queries = lse.shape
-    chosen, added = _keys_of(k, columns).to(lse), _added_columns(mask, columns, lse.dtype)
+    chosen, added = _keys_of(k, columns).to(lse), added_columns(mask, columns, lse.dtype)
     width = columns.shape[1] if weights is None else weights.shape[1]
     keep = reduce_heads == "none"
     maps = lse.new_zeros(batch, heads if keep else 1, queries, width)
-    step = max(1, BLOCK // max(1, batch * queries * columns.shape[1]))
+    step = max(1, block_size(q) // max(1, batch * queries * columns.shape[1]))
     for first in range(0, heads, step):
         part = slice(first, first + step)
         own = added if added is None or added.shape[1] == 1 else added[:, part]
@@ -202,7 +205,7 @@ def maps_backward(
     expected key P k (B, H, Q, d) of the forward pass, so no row of scores is made again.
     """
     chosen = _keys_of(k, columns).to(lse)
-    p = _probabilities_of(q, chosen, lse, _added_columns(mask, columns, lse.dtype), scale)
+    p = _probabilities_of(q, chosen, lse, added_columns(mask, columns, lse.dtype), scale)
     moved = p * grad_columns.to(p)
     total = moved.sum(-1, keepdim=True)
     return ((moved @ chosen - total * expected_key.to(p)) * scale).to(q)
@@ -226,10 +229,15 @@ def singles(count: int) -> list[slice]:
 
 def blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
     """Yield batch elements and slices of queries whose scores fill a block."""
-    rows = max(1, BLOCK // max(1, q.shape[1] * k.shape[2]))
+    rows = max(1, block_size(q) // max(1, q.shape[1] * k.shape[2]))
     for b in range(q.shape[0]):
         for first in range(0, q.shape[2], rows):
             yield b, slice(first, first + rows)
+
+
+def block_size(q: Tensor) -> int:
+    """Return how many scores a block has on the device of `q`."""
+    return BLOCK if q.device.type == "cpu" else GPU_BLOCK
 
 
 def block_scores(
@@ -268,7 +276,7 @@ def _keys_of(k: Tensor, columns: Tensor) -> Tensor:
     return k.gather(2, columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
 
 
-def _added_columns(mask: Tensor | None, columns: Tensor, dtype: torch.dtype) -> Tensor | None:
+def added_columns(mask: Tensor | None, columns: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return what a mask adds at `columns` (B, C), its other dimensions as they are."""
     if mask is None or mask.shape[3] == 1:
         return None if mask is None else added_to_scores(mask, dtype)

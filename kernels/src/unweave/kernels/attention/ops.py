@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.kernels.attention import cpu, reference
+from unweave.kernels.attention import cpu, gpu, reference
 from unweave.kernels.backends import operator, resolve
 
-FAST = ("cpu",)
+FAST = ("cpu", "cuda")
 """Devices with a fast form."""
 
 
@@ -76,7 +76,8 @@ def transposed_product(
     if _by_definition(q, mask):
         p = reference.probabilities(reference.scores(q, k, mask, scale))
         return p.transpose(-1, -2) @ x
-    lse = cpu.attention(q, k, k, mask, scale)[1]
+    form = gpu if q.device.type == "cuda" else cpu
+    lse = form.attention(q, k, k, mask, scale)[1]
     return cpu.transposed_product(q, k, x, mask, lse, scale)
 
 
@@ -234,3 +235,6 @@ _maps_backward = operator("maps_backward", cpu.maps_backward, _empty_gradient)
 _masked_attention.register_autograd(_masked_gradients, setup_context=_keep_masked)
 _attention_with_maps.register_autograd(_maps_gradients, setup_context=_keep_maps)
 _attention_maps.register_autograd(_maps_alone_gradients, setup_context=_keep_maps_alone)
+_masked_attention.register_kernel("cuda", gpu.masked_attention)
+_attention_with_maps.register_kernel("cuda", gpu.attention_with_maps)
+_attention_maps.register_kernel("cuda", gpu.maps_alone)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.backends import operator, resolve
-from unweave.kernels.codes import cpu, reference
+from unweave.kernels.codes import cpu, gpu, reference
 
-FAST = ("cpu",)
+FAST = ("cpu", "cuda")
 """Devices with a fast form."""
 
-NEEDS = {"cpu": "numba"}
+NEEDS = {"cpu": "numba", "cuda": "cupy"}
 """The library that the fast form of `nearest_value` needs."""
 
 
@@ -60,4 +60,6 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[None, Tensor]:
 
 _nearest = operator("nearest_code", cpu.nearest, _empty_nearest)
 _nearest_value = operator("nearest_value", cpu.nearest_value, _empty_nearest_value)
+_nearest.register_kernel("cuda", gpu.nearest)
+_nearest_value.register_kernel("cuda", gpu.nearest_value)
 _nearest_value.register_autograd(_gradients, setup_context=_keep)

@@ -9,7 +9,7 @@ from torch import Tensor
 from unweave.kernels.backends import resolve
 from unweave.kernels.ranking import ops, reference
 
-FAST = ("cpu",)
+FAST = ("cpu", "cuda")
 """Devices with a fast form."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from unweave.kernels.backends import resolve
 from unweave.kernels.sinkhorn import cpu, reference
 
-FAST = ("cpu",)
+FAST = ("cpu", "cuda")
 """Devices with a fast form."""
 
 

@@ -1,6 +1,10 @@
 """See, cut and steer attention in diffusers pipelines."""
 
+from unweave.attention_tools.a_star import AStar, AStarConfig
+from unweave.attention_tools.anagram import Anagram, AnagramConfig, AnagramMTL
+from unweave.attention_tools.attend_and_excite import AttendAndExcite, AttendAndExciteConfig
 from unweave.attention_tools.capture import MapReader, capture_attention
+from unweave.attention_tools.editing import PromptToPrompt, PromptToPromptConfig, edit_attention
 from unweave.attention_tools.errors import (
     AttentionError,
     BudgetError,
@@ -11,13 +15,36 @@ from unweave.attention_tools.errors import (
 )
 from unweave.attention_tools.guidance import DenoisingStep, guide_latents
 from unweave.attention_tools.interception import AttentionCall, intercept_attention
+from unweave.attention_tools.latent_update import LatentUpdate
 from unweave.attention_tools.layers import AttentionLayer, attention_layers, select_layers
 from unweave.attention_tools.maps import AttentionMaps
+from unweave.attention_tools.masks import (
+    disjoint_masks,
+    otsu_threshold,
+    refine_by_self_attention,
+    smooth,
+    to_mask,
+)
+from unweave.attention_tools.overlap import iou, jensen_shannon, min_sum_ratio, soft_iou
+from unweave.attention_tools.t2i_zero import (
+    T2IZero,
+    T2IZeroConfig,
+    correction_by_similarities,
+)
 from unweave.attention_tools.tokens import TokenSpans, find_tokens
+from unweave.attention_tools.views import VIEWS, View, ViewError, get_view
 
 __version__ = "0.0.1"
 
 __all__ = [
+    "VIEWS",
+    "AStar",
+    "AStarConfig",
+    "Anagram",
+    "AnagramConfig",
+    "AnagramMTL",
+    "AttendAndExcite",
+    "AttendAndExciteConfig",
     "AttentionCall",
     "AttentionError",
     "AttentionLayer",
@@ -25,15 +52,34 @@ __all__ = [
     "BudgetError",
     "DenoisingStep",
     "GuidanceError",
+    "LatentUpdate",
     "MapError",
     "MapReader",
+    "PromptToPrompt",
+    "PromptToPromptConfig",
+    "T2IZero",
+    "T2IZeroConfig",
     "TokenError",
     "TokenSpans",
     "UnsupportedLayerError",
+    "View",
+    "ViewError",
     "attention_layers",
     "capture_attention",
+    "correction_by_similarities",
+    "disjoint_masks",
+    "edit_attention",
     "find_tokens",
+    "get_view",
     "guide_latents",
     "intercept_attention",
+    "iou",
+    "jensen_shannon",
+    "min_sum_ratio",
+    "otsu_threshold",
+    "refine_by_self_attention",
     "select_layers",
+    "smooth",
+    "soft_iou",
+    "to_mask",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def capture_attention(
 ) -> Iterator[AttentionMaps]:
     """Record attention maps of every forward pass of the denoiser in the block.
 
+    Passes that an update of `guide_latents` makes for itself are not among them.
+
     Args:
         pipe: a diffusers pipeline, or its U-Net or transformer.
         tokens: the key columns to record: positions; one list of positions a group, summed; a
@@ -60,7 +63,7 @@ def capture_attention(
 
     def record(call: AttentionCall) -> Tensor:
         skipped = steps is not None and call.denoiser.step not in steps
-        if skipped or (wanted is not None and call.grid != wanted):
+        if skipped or call.denoiser.inner or (wanted is not None and call.grid != wanted):
             return call.proceed()
         out, own = _with_maps(call, columns, groups)
         maps.add(
@@ -137,10 +140,12 @@ def _columns(
         return tokens, None, tuple(str(place) for place in range(tokens.shape[-1]))
     if not len(tokens):
         raise AttentionError("`tokens` must name at least one position, got none")
-    if all(isinstance(one, int) for one in tokens):
+    if all(isinstance(one, Integral) for one in tokens):
         positions = [int(one) for one in tokens]  # type: ignore[arg-type]
         return positions, None, tuple(map(str, positions))
     groups = [[int(at) for at in one] for one in tokens]  # type: ignore[union-attr]
+    if not all(groups):
+        raise AttentionError(f"each group of `tokens` must name a position, got {groups}")
     return None, groups, tuple(" ".join(map(str, own)) for own in groups)
 
 

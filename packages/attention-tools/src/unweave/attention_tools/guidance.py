@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unweave.attention_tools.errors import GuidanceError
-from unweave.attention_tools.interception import is_guided
+from unweave.attention_tools.interception import inner_pass, is_guided
 from unweave.attention_tools.layers import denoiser_of
 
 
@@ -31,7 +31,7 @@ class DenoisingStep:
     """The scaled latents that go into the denoiser, (n, C, h, w): one half under guidance."""
 
     forward: Callable[[Tensor], Any] = field(repr=False)
-    """The denoiser with the prompt alone: latents as `latents` in, its usual output."""
+    """The denoiser with the prompt alone: latents in, out what the pipeline asks for."""
 
 
 Update = Callable[[DenoisingStep], Tensor]
@@ -61,7 +61,10 @@ def guide_latents(
             stack.callback(parameter.requires_grad_, True)
         for name, method in (("step", guide.step), ("set_timesteps", guide.begin)):
             stack.enter_context(_replaced(scheduler, name, method))
-        handle = denoiser.register_forward_pre_hook(guide.before_forward, with_kwargs=True)
+        # First of the hooks: the others then see the pass itself, after those of the update.
+        handle = denoiser.register_forward_pre_hook(
+            guide.before_forward, with_kwargs=True, prepend=True
+        )
         stack.callback(handle.remove)
         yield
 
@@ -127,12 +130,13 @@ class _Guide:
             return self.denoiser(**{**fixed, name: x})
 
         count = len(self.pipe.scheduler.timesteps)
-        self.busy = True
+        self.busy, inner = True, inner_pass.set(True)
         try:
             with torch.enable_grad():
                 new = self.update(DenoisingStep(self.index, count, latents, forward)).detach()
         finally:
             self.busy = False
+            inner_pass.reset(inner)
         self._check(new, latents)
         moved = new - latents
         self.moved = moved / self._scale(given["timestep"], latents)

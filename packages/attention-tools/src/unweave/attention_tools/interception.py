@@ -22,6 +22,8 @@ from unweave.attention_tools.errors import AttentionError, UnsupportedLayerError
 from unweave.attention_tools.layers import EQUAL, AttentionLayer, denoiser_of
 
 _depth: ContextVar[int] = ContextVar("unweave_attention_depth", default=0)
+inner_pass: ContextVar[bool] = ContextVar("unweave_inner_pass", default=False)
+"""Whether the pass under way is one that an update of the latents makes for itself."""
 
 
 @dataclass
@@ -42,6 +44,9 @@ class DenoiserCall:
 
     text: int = 0
     """Text tokens."""
+
+    inner: bool = False
+    """Whether an update of `guide_latents` makes the pass for itself, which is no step."""
 
 
 @dataclass(frozen=True)
@@ -254,10 +259,11 @@ def _begin(
             f"the latents of {type(denoiser).__name__} must be (B, C, H, W) or packed (B, N, C), "
             f"got {shape}; video models are not supported"
         )
-    call.step += 1
+    call.inner = inner_pass.get()
+    call.step += not call.inner
     call.batch = sample.shape[0]
     call.text = text.shape[1] if isinstance(text, Tensor) else 0
-    call.guided = is_guided(pipe, sample)
+    call.guided = not call.inner and is_guided(pipe, sample)
     if sample.dim() == 4:
         call.size = sample.shape[2], sample.shape[3]
     else:
@@ -268,13 +274,10 @@ def _begin(
 def is_guided(pipe: Any, sample: Tensor) -> bool:
     """Return whether `sample` holds the unconditional half before the conditional one.
 
-    Known from `pipe.do_classifier_free_guidance`; a pipeline without it, or a denoiser alone, is
-    taken to be guided when the two halves of its input are the same.
+    It does when the two halves are the same, unless `pipe.do_classifier_free_guidance` is false.
     """
     half = sample.shape[0] // 2
     if sample.shape[0] % 2 or not half:
         return False
-    known = getattr(pipe, "do_classifier_free_guidance", None)
-    if known is not None:
-        return bool(known)
-    return torch.equal(sample[:half], sample[half:])
+    known = getattr(pipe, "do_classifier_free_guidance", True)
+    return bool(known) and torch.equal(sample[:half], sample[half:])

@@ -76,6 +76,12 @@ def denoiser_of(pipe: Any) -> nn.Module:
             "the denoiser was compiled by torch.compile, whose graph holds the old attention; put "
             "`pipe.unet = pipe.unet._orig_mod` (or `transformer`) back before, and compile after"
         )
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise AttentionError(
+                f"{name or 'the denoiser'} was compiled in place, by `.compile()` or "
+                "`compile_repeated_blocks`, whose graph holds the old attention; compile after"
+            )
     return model
 
 
@@ -124,7 +130,7 @@ def _described(name: str, module: nn.Module) -> AttentionLayer:
     while hasattr(running, "original"):
         running = running.original
     processor = type(running).__name__
-    joint = processor in ("FluxAttnProcessor", *IMAGE_FIRST)
+    joint = processor == "FluxAttnProcessor"
     crossed = bool(getattr(module, "is_cross_attention", False))
     added = getattr(module, "added_kv_proj_dim", None) is not None
     kind: Kind = "cross" if joint or crossed or added else "self"

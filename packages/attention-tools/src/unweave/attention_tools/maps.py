@@ -6,13 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unweave.attention_tools.errors import MapError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unweave.attention_tools.masks import Method
 
 Key = tuple[str, int]
 """A layer and a step; the step is -1 in a mean over steps."""
@@ -137,6 +142,31 @@ class AttentionMaps:
         assert total is not None
         return total / len(self.values)
 
+    def to_mask(
+        self,
+        method: Method = "otsu",
+        threshold: float | None = None,
+        resolution: int | tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return the boolean mask of each token (B, tokens, h, w): `aggregate`, then `to_mask`."""
+        from unweave.attention_tools.masks import to_mask
+
+        return to_mask(self.aggregate(resolution), method, threshold)
+
+    def overlay(self, image: Any, token: str | int = 0, *, sample: int = 0) -> Image:
+        """Return `image` with the aggregate map of one token over it."""
+        from unweave.attention_tools.pictures import overlay
+
+        return overlay(image, self.select(token=token).aggregate()[sample, 0])
+
+    def grid(
+        self, image: Any = None, *, by: Literal["layer", "step"] | None = None, sample: int = 0
+    ) -> Image:
+        """Return a picture with one column a token, and one row, or one a layer or step."""
+        from unweave.attention_tools.pictures import grid
+
+        return grid(self, image, by=by, sample=sample)
+
     def save(self, path: str | Path) -> Path:
         """Write everything to a compressed `.npz`, which `AttentionMaps.load` and numpy read."""
         import numpy as np
@@ -153,7 +183,8 @@ class AttentionMaps:
         arrays: dict[str, Any] = {
             f"maps_{at}": self.values[key].detach().cpu().numpy() for at, key in enumerate(keys)
         }
-        target = Path(path).with_suffix(".npz")
+        target = Path(path)
+        target = target.with_name(f"{target.name.removesuffix('.npz')}.npz")
         partial = target.with_suffix(".tmp.npz")
         np.savez_compressed(partial, about=np.array(json.dumps(about)), **arrays)
         partial.replace(target)
@@ -162,16 +193,27 @@ class AttentionMaps:
     @staticmethod
     def load(path: str | Path) -> AttentionMaps:
         """Read what `save` wrote. Raises `MapError` for a file that is none of its."""
+        import zipfile
+        import zlib
+
         import numpy as np
 
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 keys = list(zip(about["layers"], about["steps"], strict=True))
                 values = {
                     key: torch.from_numpy(stored[f"maps_{at}"]) for at, key in enumerate(keys)
                 }
-        except (OSError, KeyError, ValueError) as error:
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise MapError(f"{path} holds no attention maps: {error}") from error
         return AttentionMaps(
             names=None if about["names"] is None else tuple(about["names"]),

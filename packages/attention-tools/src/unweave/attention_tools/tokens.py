@@ -49,8 +49,8 @@ class TokenSpans:
                 if shared:
                     raise TokenError(
                         f"{self.words[other]!r} and {self.words[index]!r} share token {shared[0]} "
-                        f"({self.tokens[shared[0]]!r}) of {self.prompt!r}: give different words, "
-                        "or occurrences such as ('cat', 1)"
+                        f"of {self.prompt!r}: give different words, or occurrences such as "
+                        "('cat', 1)"
                     )
         return self
 
