@@ -29,6 +29,8 @@ TOOLS = (
     "mypy",
     "import-linter",
     "faiss-cpu",
+    "nvidia-cuda-nvrtc-cu12",
+    "nvidia-cuda-nvcc-cu12",
 )
 EXTRAS = {"kernels": "[numba]"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}

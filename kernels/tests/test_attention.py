@@ -18,7 +18,7 @@ from unweave.kernels import (
     self_attention_rows,
     use_backend,
 )
-from unweave.kernels.attention import cpu
+from unweave.kernels.attention import cpu, ops, reference
 
 SHAPES = {
     "B2-H3-Q5-K7-d8-e8": (2, 3, 5, 7, 8, 8),
@@ -28,6 +28,12 @@ SHAPES = {
 }
 REDUCTIONS = ("mean", "sum", "none")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch):
+    """Small scores too go through the fused form."""
+    monkeypatch.setattr(ops, "KEPT", 0)
 
 
 def inputs(shape, dtype=torch.float64, seed=0, grad=False) -> tuple[Tensor, Tensor, Tensor]:
@@ -374,3 +380,22 @@ def test_dropped_columns_out_of_range_are_named():
     q = k = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="`drop_columns` must be from -1 to 2, got 3"):
         masked_attention(q, k, k, drop_columns=torch.tensor([3]))
+
+
+def test_few_scores_are_kept_for_their_gradients_unless_a_form_was_chosen(monkeypatch):
+    q, k, v = inputs((1, 2, 5, 7, 8, 8), grad=True)
+    monkeypatch.setattr(ops, "KEPT", 2 * 5 * 7)
+    calls = []
+    defined = reference.attention_with_maps
+    monkeypatch.setattr(
+        reference, "attention_with_maps", lambda *args: calls.append(1) or defined(*args)
+    )
+    attention_with_maps(q, k, v, columns=[1])
+    assert len(calls) == 1
+    with use_backend("cpu"):
+        attention_with_maps(q, k, v, columns=[1])
+    with torch.no_grad():
+        attention_with_maps(q, k, v, columns=[1])
+    attention_with_maps(*inputs((1, 2, 6, 7, 8, 8), grad=True), columns=[1])
+    attention_maps(q, k, columns=[1])
+    assert len(calls) == 1

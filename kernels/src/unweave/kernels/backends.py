@@ -81,6 +81,11 @@ def resolve(
     return wanted
 
 
+def is_automatic() -> bool:
+    """Return whether no backend was chosen by name."""
+    return _wanted() == "auto"
+
+
 def operator(name: str, function: Callable[..., Any], empty: Callable[..., Any]) -> Any:
     """Return `function` as the torch operator `unweave::name`, which changes no argument.
 

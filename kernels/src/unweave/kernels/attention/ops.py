@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.attention import cpu, gpu, reference
-from unweave.kernels.backends import operator, resolve
+from unweave.kernels.backends import is_automatic, operator, resolve
 
 FAST = ("cpu", "cuda")
 """Devices with a fast form."""
+
+KEPT = 1 << 21
+"""Scores up to which a CPU keeps them all for gradients: making them again would take longer."""
 
 
 def masked_attention(
@@ -26,7 +29,7 @@ def masked_attention(
     scale: float,
 ) -> Tensor:
     """Return the output (B, H, Q, e)."""
-    if _by_definition(q, mask):
+    if _by_definition(q, mask) or _is_kept(q, k):
         return reference.masked_attention(q, k, v, mask, drop_columns, scale)
     out: Tensor = _masked_attention(q, k, v, mask, drop_columns, scale)[0]
     return out
@@ -44,7 +47,7 @@ def attention_with_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (B, H, Q, e), the maps and the log-sum-exp (B, H, Q)."""
     arguments = (q, k, v, mask, columns, weights, scale, reduce_heads)
-    if _by_definition(q, mask):
+    if _by_definition(q, mask) or _is_kept(q, k):
         return reference.attention_with_maps(*arguments)
     results: tuple[Tensor, Tensor, Tensor] = _attention_with_maps(*arguments)
     return results
@@ -84,6 +87,13 @@ def transposed_product(
 def _by_definition(q: Tensor, mask: Tensor | None) -> bool:
     learned = mask is not None and mask.requires_grad
     return learned or resolve(q.device, FAST) == "reference"
+
+
+def _is_kept(q: Tensor, k: Tensor) -> bool:
+    """Return whether the scores are few enough to be kept until the backward pass."""
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    few = q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= KEPT
+    return differentiated and few and is_automatic()
 
 
 def _empty_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

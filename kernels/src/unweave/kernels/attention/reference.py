@@ -28,8 +28,13 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, -1)
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Return the softmax over keys, in which rows that may look nowhere are zero."""
+def probabilities(logits: Tensor, everywhere: bool = False) -> Tensor:
+    """Return the softmax over keys, in which rows that may look nowhere are zero.
+
+    With `everywhere` there is no such row: nothing was masked.
+    """
+    if everywhere and logits.shape[-1]:
+        return logits.softmax(-1)
     nowhere = (logits == -torch.inf).all(-1, keepdim=True)
     return logits.masked_fill(nowhere, 0.0).softmax(-1).masked_fill(nowhere, 0.0)
 
@@ -78,7 +83,7 @@ def attention_with_maps(
     if any, and over heads: (B, Q, C or G), or with heads kept (B, H, Q, C or G).
     """
     logits = scores(q, k, mask, scale)
-    p = probabilities(logits)
+    p = probabilities(logits, everywhere=mask is None)
     index = columns[:, None, None].expand(*p.shape[:-1], -1)
     maps = p.gather(-1, index)
     if weights is not None:

@@ -41,7 +41,7 @@ def _empty_nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
 
 
 def _empty_nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(z, dtype=torch.int64)
+    return z.new_empty(z.shape), z.new_empty(z.shape, dtype=torch.int64)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
