@@ -71,7 +71,9 @@ def measured(seed: int, quick: bool) -> dict[str, float]:
             (maps.select(layer=LAST), last_hits, last_overlaps),
         ):
             own = chosen.aggregate(masks.shape[-1])[0]
-            hit += [bool(mask.flatten()[one.argmax()]) for one, mask in zip(own, masks, strict=True)]
+            hit += [
+                bool(mask.flatten()[one.argmax()]) for one, mask in zip(own, masks, strict=True)
+            ]
             overlap += iou(to_mask(own), masks).tolist()
         noise = torch.rand(1, len(masks), 16, 16, generator=torch.Generator().manual_seed(index))
         noise = interpolate(noise, masks.shape[-2:], mode="bilinear")[0]

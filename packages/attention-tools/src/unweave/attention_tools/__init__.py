@@ -1,7 +1,7 @@
 """See, cut and steer attention in diffusers pipelines."""
 
 from unweave.attention_tools.a_star import AStar, AStarConfig
-from unweave.attention_tools.anagram import Anagram, AnagramConfig, AnagramMTL
+from unweave.attention_tools.anagram import AVERAGING, Anagram, AnagramConfig, AnagramMTL
 from unweave.attention_tools.attend_and_excite import AttendAndExcite, AttendAndExciteConfig
 from unweave.attention_tools.capture import MapReader, capture_attention
 from unweave.attention_tools.editing import PromptToPrompt, PromptToPromptConfig, edit_attention
@@ -12,6 +12,7 @@ from unweave.attention_tools.errors import (
     MapError,
     TokenError,
     UnsupportedLayerError,
+    ViewError,
 )
 from unweave.attention_tools.guidance import DenoisingStep, guide_latents
 from unweave.attention_tools.interception import AttentionCall, intercept_attention
@@ -26,17 +27,19 @@ from unweave.attention_tools.masks import (
     to_mask,
 )
 from unweave.attention_tools.overlap import iou, jensen_shannon, min_sum_ratio, soft_iou
+from unweave.attention_tools.scores import CLIPScorer, Scorer
 from unweave.attention_tools.t2i_zero import (
     T2IZero,
     T2IZeroConfig,
     correction_by_similarities,
 )
 from unweave.attention_tools.tokens import TokenSpans, find_tokens
-from unweave.attention_tools.views import VIEWS, View, ViewError, get_view
+from unweave.attention_tools.views import VIEWS, View, get_view
 
 __version__ = "0.0.1"
 
 __all__ = [
+    "AVERAGING",
     "VIEWS",
     "AStar",
     "AStarConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "AttentionLayer",
     "AttentionMaps",
     "BudgetError",
+    "CLIPScorer",
     "DenoisingStep",
     "GuidanceError",
     "LatentUpdate",
@@ -57,6 +61,7 @@ __all__ = [
     "MapReader",
     "PromptToPrompt",
     "PromptToPromptConfig",
+    "Scorer",
     "T2IZero",
     "T2IZeroConfig",
     "TokenError",

@@ -23,3 +23,7 @@ class BudgetError(AttentionError):
 
 class GuidanceError(AttentionError):
     """A latent update that failed or cannot be made."""
+
+
+class ViewError(AttentionError):
+    """A view that is not known, has no inverse or does not fit the size of the image."""

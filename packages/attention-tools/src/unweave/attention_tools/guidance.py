@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unweave.attention_tools.errors import GuidanceError
 from unweave.attention_tools.interception import inner_pass, is_guided
@@ -53,14 +53,10 @@ def guide_latents(
     """
     denoiser = denoiser_of(pipe)
     guide = _Guide(pipe, denoiser, update, steps)
-    frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    scheduler = pipe.scheduler
     with ExitStack() as stack:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-            stack.callback(parameter.requires_grad_, True)
+        stack.enter_context(frozen(denoiser))
         for name, method in (("step", guide.step), ("set_timesteps", guide.begin)):
-            stack.enter_context(_replaced(scheduler, name, method))
+            stack.enter_context(replaced_method(pipe.scheduler, name, method))
         # First of the hooks: the others then see the pass itself, after those of the update.
         handle = denoiser.register_forward_pre_hook(
             guide.before_forward, with_kwargs=True, prepend=True
@@ -70,7 +66,20 @@ def guide_latents(
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight of `model` need a gradient while the block runs."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def replaced_method(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """Let `method` stand in for a method of `owner`, with the signature of the original."""
     before = owner.__dict__.get(name)
 

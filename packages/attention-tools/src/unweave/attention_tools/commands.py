@@ -1,0 +1,229 @@
+"""The commands that this package adds to `unweave`: attend maps, attend compose, attend anagram."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unweave.attention_tools.errors import AttentionError
+
+EMOJI_WORLD = "emoji-world"
+GUIDANCE = {EMOJI_WORLD: 4.0}
+USUAL_GUIDANCE = 7.5
+
+attend = typer.Typer(
+    help="See where words look, compose several subjects, make visual anagrams.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Method(StrEnum):
+    """How `compose` keeps subjects apart."""
+
+    a_star = "a-star"
+    attend_and_excite = "attend-and-excite"
+    t2i_zero = "t2i-zero"
+
+
+ModelOption = Annotated[str, typer.Option(help='"emoji-world", a diffusers folder or a hub id.')]
+OutOption = Annotated[Path, typer.Option(help="The folder to write to.")]
+SeedOption = Annotated[int, typer.Option(help="The seed of the noise.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, help="Guidance scale; by default the model's own.")
+]
+WordsOption = Annotated[
+    list[str], typer.Option("--word", help="A word or phrase of the prompt; may be repeated.")
+]
+ResolutionOption = Annotated[
+    int | None, typer.Option(min=1, help="Positions a side of the maps that are read.")
+]
+
+
+@attend.command()
+def maps(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    words: WordsOption,
+    model: ModelOption = EMOJI_WORLD,
+    out: OutOption = Path("runs/maps"),
+    seed: SeedOption = 0,
+    steps: StepsOption = 25,
+    guidance_scale: GuidanceOption = None,
+    resolution: ResolutionOption = None,
+) -> None:
+    """Generate an image and show where it looked for each word.
+
+    Writes image.png, maps.png with the map of each word, layers.png with those of each layer, and
+    maps.npz with the numbers.
+    """
+    from unweave.attention_tools.capture import capture_attention
+    from unweave.attention_tools.tokens import find_tokens
+
+    with redirect_stdout(sys.stderr):
+        pipe = _load(model)
+        tokens = find_tokens(pipe, prompt, words)
+        with capture_attention(pipe, tokens=tokens, resolution=resolution) as seen:
+            image = _generate(pipe, model, prompt, seed, steps, guidance_scale)
+        out.mkdir(parents=True, exist_ok=True)
+        image.save(out / "image.png")
+        seen.grid(image).save(out / "maps.png")
+        seen.grid(image, by="layer").save(out / "layers.png")
+        seen.save(out / "maps.npz")
+    files = {name: str(out / name) for name in ("image.png", "maps.png", "layers.png", "maps.npz")}
+    _finish(out, {"prompt": prompt, "words": words, "seed": seed, "steps": steps, "files": files})
+
+
+@attend.command()
+def compose(
+    prompt: Annotated[str, typer.Argument(help="A prompt with several subjects.")],
+    words: WordsOption,
+    method: Annotated[Method, typer.Option(help="How subjects are kept apart.")] = Method.a_star,
+    model: ModelOption = EMOJI_WORLD,
+    out: OutOption = Path("runs/compose"),
+    seed: SeedOption = 0,
+    samples: Annotated[int, typer.Option(min=1, max=16, help="Seeds, from `--seed` on.")] = 4,
+    steps: StepsOption = 25,
+    guidance_scale: GuidanceOption = None,
+    resolution: ResolutionOption = None,
+) -> None:
+    """Generate a prompt of several subjects with and without a method that keeps them apart.
+
+    Writes grid.png: the plain pipeline above, the method below, a column a seed.
+    """
+    with redirect_stdout(sys.stderr):
+        pipe = _load(model)
+        run = _composer(pipe, method, resolution if resolution or model != EMOJI_WORLD else 8)
+        rows: list[list[Any]] = [[], []]
+        for own in range(seed, seed + samples):
+            rows[0].append(_generate(pipe, model, prompt, own, steps, guidance_scale))
+            options = _options(model, own, steps, guidance_scale)
+            rows[1].append(run(prompt, words, **options).images[0])
+        out.mkdir(parents=True, exist_ok=True)
+        _sheet(rows).save(out / "grid.png")
+    about = {"prompt": prompt, "words": words, "method": str(method), "seed": seed, "steps": steps}
+    _finish(out, {**about, "files": {"grid.png": str(out / "grid.png")}})
+
+
+@attend.command()
+def anagram(
+    prompts: Annotated[list[str], typer.Argument(help="One prompt a view.")],
+    views: Annotated[
+        list[str], typer.Option("--view", help="One view a prompt, as identity, flip, rotate_cw.")
+    ],
+    model: ModelOption = EMOJI_WORLD,
+    out: OutOption = Path("runs/anagram"),
+    seed: SeedOption = 0,
+    steps: StepsOption = 30,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 10.0,
+) -> None:
+    """Make one image that reads as each prompt under its view.
+
+    Balancing needs a noise-aware scorer and is left out. Writes image.png, views.png with all views
+    side by side, and the record of each step in result.json.
+    """
+    from unweave.attention_tools.anagram import AnagramConfig, AnagramMTL
+
+    with redirect_stdout(sys.stderr):
+        pipe = _load(model)
+        maker = AnagramMTL(pipe, AnagramConfig(balancing=False))
+        made = maker(
+            prompts,
+            views,
+            generator=_generator(seed),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        made.image.save(out / "image.png")
+        made.strip().save(out / "views.png")
+    files = {name: str(out / name) for name in ("image.png", "views.png")}
+    _finish(out, {**made.record, "seed": seed, "files": files})
+
+
+def _load(model: str) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    pipe: Any
+    if model == EMOJI_WORLD:
+        pipe = _embedded()
+    else:
+        try:
+            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise AttentionError(f"no pipeline can be loaded from {model!r}: {error}") from error
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def _embedded() -> Any:
+    try:
+        from unweave.emoji_world import load_pipeline
+    except ImportError as error:
+        raise AttentionError(
+            'the model "emoji-world" needs: pip install "unweave-attention-tools[emoji-world]"'
+        ) from error
+    return load_pipeline()
+
+
+def _composer(pipe: Any, method: Method, resolution: int | None) -> Any:
+    from unweave.attention_tools.a_star import AStar, AStarConfig
+    from unweave.attention_tools.attend_and_excite import AttendAndExcite, AttendAndExciteConfig
+    from unweave.attention_tools.t2i_zero import T2IZero
+
+    if method is Method.a_star:
+        return AStar(pipe, AStarConfig(resolution=resolution))
+    if method is Method.attend_and_excite:
+        return AttendAndExcite(pipe, AttendAndExciteConfig(resolution=resolution))
+    return T2IZero(pipe)
+
+
+def _generate(
+    pipe: Any, model: str, prompt: str, seed: int, steps: int, guidance_scale: float | None
+) -> Any:
+    return pipe(prompt, **_options(model, seed, steps, guidance_scale)).images[0]
+
+
+def _options(model: str, seed: int, steps: int, guidance_scale: float | None) -> dict[str, Any]:
+    own = GUIDANCE.get(model, USUAL_GUIDANCE)
+    return {
+        "generator": _generator(seed),
+        "num_inference_steps": steps,
+        "guidance_scale": own if guidance_scale is None else guidance_scale,
+    }
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def _sheet(rows: list[list[Any]]) -> Any:
+    """Return rows of images as one picture."""
+    from PIL import Image
+
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (len(rows[0]) * (width + 4), len(rows) * (height + 4)), "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * (width + 4), row * (height + 4)))
+    return sheet
+
+
+def _finish(out: Path, result: dict[str, Any]) -> None:
+    """Write the result as JSON and print the paths of the files."""
+    (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    for path in (*result["files"].values(), str(out / "result.json")):
+        typer.echo(path)
