@@ -99,4 +99,4 @@ def _count_below(
             for midpoint in range(midpoints.shape[1]):
                 place += z[row, column] > midpoints[column, midpoint]
             found[row, column] = order[column, place]
-            codes[row, column] = ordered[column, place]
+            codes[row, column] = ordered[column, place] + (z[row, column] - z[row, column])

@@ -83,8 +83,8 @@ def scalar_quantize(z: Tensor, values: Tensor) -> Quantized:
 
     `z` is (..., D), `values` (D, V) in any order; `indices` are columns of `values`. Latent
     quantization of QLAE (arXiv 2305.18378). At the middle of two values either may be taken.
-    What is not finite becomes NaN in `values`. Time O(N D V), memory O(N D). Raises `ValueError`
-    naming what does not fit.
+    What is not finite becomes NaN in `values` and `codes`. Time O(N D V), memory O(N D). Raises
+    `ValueError` naming what does not fit.
 
     >>> scalar_quantize(torch.tensor([[0.4, -2.0]]), torch.tensor([[-1.0, 0.5], [0.0, 1.0]])).values
     tensor([[0.5000, 0.0000]])
@@ -97,8 +97,10 @@ def scalar_quantize(z: Tensor, values: Tensor) -> Quantized:
     _check_kind("z", z, "values", values)
     rows = z.reshape(-1, z.shape[-1])
     codes, indices = ops.nearest_value(rows.detach(), values)
-    quantized = _straight_through(z, codes.reshape(z.shape))
-    return Quantized(quantized, indices.reshape(z.shape), codes.reshape(z.shape))
+    codes = codes.reshape(z.shape)
+    through = torch.is_grad_enabled() and z.requires_grad
+    quantized = _straight_through(z, codes) if through else codes.detach()
+    return Quantized(quantized, indices.reshape(z.shape), codes)
 
 
 @torch.no_grad()

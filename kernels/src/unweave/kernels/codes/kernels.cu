@@ -19,7 +19,7 @@ __global__ void nearest_value(
             }
         }
         found[item] = best;
-        codes[item] = values[best * columns + column];
+        narrow(widen(values[best * columns + column]) + (x - x), codes + item);
     }
 }
 

@@ -18,7 +18,7 @@ def nearest(x: Tensor, codebook: Tensor, k: int) -> Tensor:
 def nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the one of its column's `values` (D, V) that is nearest to `z` (N, D), and its index.
 
-    Of values at one distance the first wins.
+    It is NaN where `z` is not finite. Of values at one distance the first wins.
     """
     distances = (z[:, :, None] - values).abs()
     indices = (
@@ -30,4 +30,5 @@ def nearest_value(z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         .amin(-1)
         .clamp(max=values.shape[1] - 1)
     )
-    return values[torch.arange(len(values), device=z.device), indices], indices
+    codes = values[torch.arange(len(values), device=z.device), indices]
+    return codes + (z - z).detach(), indices
