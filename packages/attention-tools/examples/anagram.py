@@ -1,4 +1,4 @@
-"""One image that reads as two concepts, upright and on its head."""
+"""One image that reads as two concepts, upright and turned."""
 
 # %% The pipeline.
 from pathlib import Path
@@ -15,11 +15,11 @@ pipe = load_pipeline()
 # %% Balancing needs a scorer of noisy images, which this example leaves out.
 maker = AnagramMTL(pipe, AnagramConfig(balancing=False))
 made = maker(
-    ["a pizza on a red background", "a star on a red background"],
-    ["identity", "flip"],
-    concepts=["pizza", "star"],
+    ["a turtle on a red background", "a cactus on a red background"],
+    ["identity", "rotate_cw"],
+    concepts=["turtle", "cactus"],
     generator=torch.Generator().manual_seed(0),
-    num_inference_steps=25,
+    num_inference_steps=20,
     guidance_scale=6.0,
 )
 

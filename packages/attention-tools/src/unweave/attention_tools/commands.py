@@ -16,6 +16,16 @@ from unweave.attention_tools.errors import AttentionError
 EMOJI_WORLD = "emoji-world"
 GUIDANCE = {EMOJI_WORLD: 4.0}
 USUAL_GUIDANCE = 7.5
+RECIPES: dict[str, dict[str, Any]] = {
+    "a-star": {"preprocess": "raw", "resolution": 16, "alpha": 5.0},
+    "attend-and-excite": {
+        "preprocess": "raw",
+        "resolution": 16,
+        "max_iter_to_alter": 12,
+        "thresholds": {},
+    },
+}
+"""Settings for the embedded model, whose maps are small; no start token takes most attention."""
 
 attend = typer.Typer(
     help="See where words look, compose several subjects, make visual anagrams.",
@@ -99,7 +109,7 @@ def compose(
     """
     with redirect_stdout(sys.stderr):
         pipe = _load(model)
-        run = _composer(pipe, method, resolution if resolution or model != EMOJI_WORLD else 8)
+        run = _composer(pipe, method, model, resolution)
         rows: list[list[Any]] = [[], []]
         for own in range(seed, seed + samples):
             rows[0].append(_generate(pipe, model, prompt, own, steps, guidance_scale))
@@ -177,15 +187,18 @@ def _embedded() -> Any:
     return load_pipeline()
 
 
-def _composer(pipe: Any, method: Method, resolution: int | None) -> Any:
+def _composer(pipe: Any, method: Method, model: str, resolution: int | None) -> Any:
     from unweave.attention_tools.a_star import AStar, AStarConfig
     from unweave.attention_tools.attend_and_excite import AttendAndExcite, AttendAndExciteConfig
     from unweave.attention_tools.t2i_zero import T2IZero
 
+    recipe = dict(RECIPES.get(method, {})) if model == EMOJI_WORLD else {}
+    if resolution is not None:
+        recipe["resolution"] = resolution
     if method is Method.a_star:
-        return AStar(pipe, AStarConfig(resolution=resolution))
+        return AStar(pipe, AStarConfig(**recipe))
     if method is Method.attend_and_excite:
-        return AttendAndExcite(pipe, AttendAndExciteConfig(resolution=resolution))
+        return AttendAndExcite(pipe, AttendAndExciteConfig(**recipe))
     return T2IZero(pipe)
 
 
