@@ -7,7 +7,7 @@ Shapes and arguments are those of `reference`. Nothing of the size B H Q K is ke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,9 +53,8 @@ def attention_with_maps(
     reduce_heads: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the maps and the log-sum-exp, all in float32 or float64 but the output."""
-    out, lse = attention(q, k, v, mask, scale)
-    maps = maps_from_lse(q, k, lse, mask, columns, weights, scale, reduce_heads)
-    return out, maps.to(q.dtype), lse
+    maps = (mask, columns, weights, scale, reduce_heads)
+    return with_maps(attention, maps_from_lse, q, k, v, *maps)
 
 
 def maps_alone(
@@ -68,9 +67,32 @@ def maps_alone(
     reduce_heads: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the maps, the expected key P k (B, H, Q, d) and the log-sum-exp."""
-    expected_key, lse = attention(q, k, k, mask, scale)
-    maps = maps_from_lse(q, k, lse, mask, columns, weights, scale, reduce_heads)
-    return maps.to(q.dtype), expected_key, lse
+    maps = (mask, columns, weights, scale, reduce_heads)
+    return swapped(with_maps(attention, maps_from_lse, q, k, k, *maps))
+
+
+def with_maps(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    read: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    reduce_heads: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, maps and log-sum-exp by the `attention` and `maps_from_lse` of a device."""
+    out, lse = attend(q, k, v, mask, scale)
+    maps = read(q, k, lse, mask, columns, weights, scale, reduce_heads)
+    return out, maps.to(q.dtype), lse
+
+
+def swapped(results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the maps first: with keys as values the output is the expected key."""
+    out, maps, lse = results
+    return maps, out, lse
 
 
 def attention(
@@ -90,6 +112,11 @@ def attention(
         # The fused form takes a query that is not finite for one whose keys are all masked.
         bad = hidden & ~q.isfinite().all(-1)
         out, lse = out.masked_fill(bad[..., None], torch.nan), lse.masked_fill(bad, torch.nan)
+    return nothing_from_nowhere(out, lse, added)
+
+
+def nothing_from_nowhere(out: Tensor, lse: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp with zeros and -inf for the rows whose keys are all masked."""
     if added is None:
         return out, lse
     nowhere = (added == -torch.inf).all(-1)

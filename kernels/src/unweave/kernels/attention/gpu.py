@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,35 +51,14 @@ def masked_attention(
     return out, lse
 
 
-def attention_with_maps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    reduce_heads: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the maps and the log-sum-exp."""
-    out, lse = attention(q, k, v, mask, scale)
-    maps = maps_from_lse(q, k, lse, mask, columns, weights, scale, reduce_heads)
-    return out, maps.to(q.dtype), lse
+def attention_with_maps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `cpu.attention_with_maps` does of the same arguments."""
+    return cpu.with_maps(attention, maps_from_lse, *arguments)
 
 
-def maps_alone(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    columns: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    reduce_heads: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the maps, the expected key P k (B, H, Q, d) and the log-sum-exp."""
-    expected_key, lse = attention(q, k, k, mask, scale)
-    maps = maps_from_lse(q, k, lse, mask, columns, weights, scale, reduce_heads)
-    return maps.to(q.dtype), expected_key, lse
+def maps_alone(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `cpu.maps_alone` does of the same arguments."""
+    return cpu.swapped(cpu.with_maps(attention, maps_from_lse, q, k, k, *arguments))
 
 
 def attention(
@@ -89,11 +69,7 @@ def attention(
     if empty or q.dtype == torch.float64 or not fused_agrees(q.device, q.dtype, mask is not None):
         return cpu.blocked_attention(q, k, v, mask, scale)
     added = None if mask is None else added_to_scores(mask, q.dtype)
-    out, lse = fused_attention(q, k, v, added, scale)
-    if added is None:
-        return out, lse
-    nowhere = (added == -torch.inf).all(-1)
-    return out.masked_fill(nowhere[..., None], 0.0), lse.masked_fill(nowhere, -torch.inf)
+    return cpu.nothing_from_nowhere(*fused_attention(q, k, v, added, scale), added)
 
 
 def fused_attention(
@@ -143,7 +119,7 @@ def fused_agrees(device: torch.device, dtype: torch.dtype, masked: bool) -> bool
     added = mask if masked else None
     try:
         found = fused_attention(q, k, v, added, 0.5)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False
     right = cpu.blocked_attention(q, k, v, added, 0.5)
     return all(
