@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from unweave.kernels.checks import require_one_kind
 from unweave.kernels.codes import ops
 
 Metric = Literal["l2", "cosine"]
@@ -94,7 +95,7 @@ def scalar_quantize(z: Tensor, values: Tensor) -> Quantized:
             f"`z` must be (..., D) and `values` (D, V) with V > 0, got {tuple(z.shape)} and "
             f"{tuple(values.shape)}"
         )
-    _check_kind("z", z, "values", values)
+    require_one_kind("z", z, "values", values)
     rows = z.reshape(-1, z.shape[-1])
     codes, indices = ops.nearest_value(rows.detach(), values)
     codes = codes.reshape(z.shape)
@@ -163,13 +164,4 @@ def _check_codes(x: Tensor, codebook: Tensor) -> None:
             "`x` must be (..., d) and `codebook` (M, d) with M > 0, got "
             f"{tuple(x.shape)} and {tuple(codebook.shape)}"
         )
-    _check_kind("x", x, "codebook", codebook)
-
-
-def _check_kind(first: str, one: Tensor, second: str, other: Tensor) -> None:
-    kinds = (one.dtype, one.device), (other.dtype, other.device)
-    if kinds[0] != kinds[1] or not one.is_floating_point():
-        raise ValueError(
-            f"`{first}` and `{second}` must have one floating dtype and device, got {one.dtype} on "
-            f"{one.device} and {other.dtype} on {other.device}"
-        )
+    require_one_kind("x", x, "codebook", codebook)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unweave.kernels.checks import require_one_kind
 from unweave.kernels.graph import ops
 
 
@@ -54,7 +55,7 @@ def weighted_spmm(
             f"`weight` must be {tuple(col.shape)}, as `col`, and `dense` (M, d), got "
             f"{tuple(weight.shape)} and {tuple(dense.shape)}"
         )
-    _check_kind("weight", weight, "dense", dense)
+    require_one_kind("weight", weight, "dense", dense)
     _check_devices(dense, crow=crow, col=col)
     if transpose is not None:
         _check_transpose(transpose, col, dense)
@@ -79,7 +80,7 @@ def edge_dot(u: Tensor, v: Tensor, row: Tensor, col: Tensor) -> Tensor:
         raise ValueError(
             f"`u` must be (N, d) and `v` (M, d), got {tuple(u.shape)} and {tuple(v.shape)}"
         )
-    _check_kind("u", u, "v", v)
+    require_one_kind("u", u, "v", v)
     _check_indices("row", row)
     _check_indices("col", col)
     if row.shape != col.shape:
@@ -123,15 +124,6 @@ def _check_indices(name: str, indices: Tensor) -> None:
         raise ValueError(
             f"`{name}` must have one dimension and be int32 or int64, got "
             f"{tuple(indices.shape)} of {indices.dtype}"
-        )
-
-
-def _check_kind(first: str, one: Tensor, second: str, other: Tensor) -> None:
-    kinds = (one.dtype, one.device), (other.dtype, other.device)
-    if kinds[0] != kinds[1] or not one.is_floating_point():
-        raise ValueError(
-            f"`{first}` and `{second}` must have one floating dtype and device, got {one.dtype} on "
-            f"{one.device} and {other.dtype} on {other.device}"
         )
 
 
