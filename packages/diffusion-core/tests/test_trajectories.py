@@ -10,9 +10,9 @@ from torch import Tensor
 
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.errors import NonFiniteError, SelectionError
-from unweave.diffusion_core.prompts import encode_prompts
+from unweave.diffusion_core.prompts import encode_conditions, encode_prompts
 from unweave.diffusion_core.testing import tiny_pipeline
-from unweave.diffusion_core.trajectories import partial_trajectory
+from unweave.diffusion_core.trajectories import TrajectoryBank, partial_trajectory
 
 STEPS = 7
 
@@ -95,3 +95,40 @@ def test_a_step_out_of_range_is_named(stop_step: int) -> None:
 def test_latents_that_are_not_finite_stop_at_once() -> None:
     with pytest.raises(NonFiniteError, match="timestep"):
         _stopped(tiny_pipeline(), torch.full((1, 4, 16, 16), float("inf")), 2, 3.0)
+
+
+def _bank(pipe: Any, seed: int = 0) -> TrajectoryBank:
+    with torch.no_grad():
+        conditions, empty = (encode_conditions(pipe, list(p)) for p in (("a cat", "a dog"), ("",)))
+    return TrajectoryBank.collect(
+        Denoiser.from_pipeline(pipe),
+        pipe.scheduler,
+        conditions,
+        empty,
+        num_trajectories=3,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(seed),
+        batch_size=2,
+    )
+
+
+def test_a_bank_holds_every_state_of_every_trajectory() -> None:
+    pipe = tiny_pipeline()
+    bank = _bank(pipe)
+    assert len(bank) == 3 * STEPS and bank.noisy.shape == (3 * STEPS, 4, 16, 16)
+    assert bank.condition.bincount().tolist() == [2 * STEPS, STEPS]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents, t = _stopped(pipe, noise[:1], 4, 4.0)
+    row = (bank.condition == 0) & (bank.t == t)
+    nearest = (bank.noisy[row] - latents).flatten(1).norm(dim=1).min()
+    assert nearest < 1e-3
+
+
+def test_draws_from_a_bank_depend_on_the_generator_alone() -> None:
+    bank = _bank(tiny_pipeline())
+    first, again, other = (bank.draw(5, torch.Generator().manual_seed(n)) for n in (1, 1, 2))
+    assert torch.equal(first.noisy, again.noisy) and torch.equal(first.t, again.t)
+    assert not torch.equal(first.noisy, other.noisy)
+    for noisy, t in zip(first.noisy, first.t, strict=True):
+        assert any(torch.equal(noisy, kept) for kept in bank.noisy[bank.t == t])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.objective import denoising_loss
 from unweave.diffusion_core.testing import tiny_pipeline
+from unweave.diffusion_core.toy_world import ToyWorld
 from unweave.erasure.few_shot import FewShotConfig, unlearn
 
 NUM_CONCEPTS = 8
@@ -34,6 +35,12 @@ def images():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (4, 40, 40, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(image.numpy()) for image in pixels]
+
+
+@pytest.fixture(scope="session")
+def toy_world(pytestconfig):
+    """A trained text-to-image pipeline; kept by pytest's cache, else trained in two minutes."""
+    return ToyWorld.load(pytestconfig.cache.mkdir("unweave-toys"))
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,12 @@ class PromptStates:
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return PromptStates(self.hidden_states.expand(count, -1, -1), pooled)
 
+    def select(self, rows: Tensor) -> PromptStates:
+        """Return the states of the prompts with numbers `rows` (k,), which may repeat."""
+        rows = rows.to(self.hidden_states.device)
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return PromptStates(self.hidden_states[rows], pooled)
+
 
 def encode_prompts(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     """Return the hidden states of `prompts`, (n, tokens, width), as the pipeline makes them.

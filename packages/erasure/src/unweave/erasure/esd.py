@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.errors import SelectionError
-from unweave.diffusion_core.parameters import select_parameters, train_only
-from unweave.diffusion_core.pipelines import Pipeline, base_model_hash, text_encoders
+from unweave.diffusion_core.parameters import select_parameters
+from unweave.diffusion_core.pipelines import Pipeline
 from unweave.diffusion_core.prompts import PromptStates, encode_conditions, fill
 from unweave.diffusion_core.teacher import frozen_teacher
 from unweave.diffusion_core.training import run_training
 from unweave.diffusion_core.trajectories import partial_trajectory
-from unweave.diffusion_core.weight_delta import DeltaMeta, WeightDelta
+from unweave.erasure.fine_tuning import fine_tune_unet, negative_guidance
 from unweave.erasure.protocol import (
     Erasure,
     ErasureRequest,
-    changes_since,
     check_number,
     check_pipeline,
-    check_trainable,
-    restored,
 )
 
 ESD_SUBSETS = {
@@ -103,14 +100,14 @@ class ESD:
         """Train the chosen part of the U-Net; `pipe` has its old weights back at the end."""
         check_pipeline(pipe)
         parameters = trainable_parameters(pipe.unet, self.config.trainable)
-        check_trainable(parameters)
-        base_hash = base_model_hash(pipe)
-        with restored(parameters) as originals:
-            with train_only([pipe.unet, *text_encoders(pipe).values(), pipe.vae], parameters):
-                history = self._train(pipe, request, parameters, seed, progress)
-            changes = changes_since(originals, parameters)
-        delta = WeightDelta({"unet": changes}, DeltaMeta(base_hash, self.name, asdict(self.config)))
-        return Erasure(delta, request, history=history)
+        return fine_tune_unet(
+            pipe,
+            request,
+            parameters,
+            lambda: self._train(pipe, request, parameters, seed, progress),
+            method=self.name,
+            config=self.config,
+        )
 
     def _train(
         self,
@@ -189,13 +186,9 @@ def esd_loss(
     empty: Tensor | PromptStates,
     eta: float,
 ) -> Tensor:
-    """Return the mean || raw(x_t, concept) - target ||^2 with the target from the frozen teacher.
+    """Return the mean || raw(x_t, concept) - target ||^2 with `negative_guidance` as the target.
 
-    The target is raw*(start) - eta [raw*(concept) - raw*(empty)], in the quantity the model
-    predicts: noise as in the paper, or velocity, in which the same combination holds since its
-    coefficients sum to one. `noisy` is (n, C, h, w), states are as in `Denoiser.predict`.
+    `noisy` is (n, C, h, w), states are as in `Denoiser.predict`.
     """
-    with torch.no_grad():
-        towards = teacher.predict(noisy, t, concept).raw - teacher.predict(noisy, t, empty).raw
-        target = teacher.predict(noisy, t, start).raw - eta * towards
+    target = negative_guidance(teacher, noisy, t, concept, start, empty, eta)
     return nn.functional.mse_loss(student.predict(noisy, t, concept).raw, target)
