@@ -170,6 +170,16 @@ class WeightDelta:
         """Whether every change is stored as low-rank factors, hence exactly a LoRA."""
         return all(isinstance(change, LowRank) for _, _, change in flat(self._deltas))
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of all changes, low-rank ones by their factors."""
+        parts = (
+            part
+            for _, _, change in flat(self.deltas)
+            for part in ((change.down, change.up) if isinstance(change, LowRank) else (change,))
+        )
+        return sum(part.numel() * part.element_size() for part in parts)
+
     def apply(self, pipe: Pipeline, strength: float = 1.0, *, strict: bool = True) -> AppliedDelta:
         """Add `strength` times the changes to the weights of `pipe`, keeping the originals.
 

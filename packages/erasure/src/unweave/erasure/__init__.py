@@ -5,8 +5,9 @@ from unweave.erasure.esd import ESD, ESD_SUBSETS, ESDConfig, esd_loss
 from unweave.erasure.evaluation import evaluate_erasure
 from unweave.erasure.evaluation_result import ErasureEvaluation
 from unweave.erasure.few_shot import TEXT_ENCODER_SUBSETS, FewShotConfig, FewShotErasing
-from unweave.erasure.methods import METHODS, RECIPES, make_eraser
+from unweave.erasure.methods import METHODS, make_eraser
 from unweave.erasure.protocol import Eraser, Erasure, ErasureRequest
+from unweave.erasure.recipes import RECIPES
 from unweave.erasure.uce import UCE, UCE_TEMPLATES, UCEConfig
 
 __version__ = "0.1.0"

@@ -77,6 +77,7 @@ class Eraser(Protocol):
     """A method of erasing: settings in the constructor, then `erase` as often as wanted."""
 
     name: ClassVar[str]
+    config_class: ClassVar[type[Any]]
 
     def erase(
         self,
