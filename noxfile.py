@@ -32,7 +32,7 @@ TOOLS = (
     "nvidia-cuda-nvrtc-cu12",
     "nvidia-cuda-nvcc-cu12",
 )
-EXTRAS = {"kernels": "[numba]"}
+EXTRAS = {"kernels": "[numba]", "erasure": "[plots]"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
 OLD_STACK = (
     "diffusers==0.32.1",

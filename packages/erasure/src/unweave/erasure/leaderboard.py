@@ -203,12 +203,17 @@ class Leaderboard:
         return "\n".join(lines)
 
     def figure(self, path: str | Path) -> None:
-        """Draw what is kept against what is gone, a point a method. Needs matplotlib."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        """Draw what is kept against what is gone, a point a method.
 
+        Raises `UnweaveError` without matplotlib, which the extra `plots` brings.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UnweaveError(
+                'a figure needs matplotlib: pip install "unweave-erasure[plots]"'
+            ) from error
         figure = Figure(figsize=(6, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for method in self.methods():
             gone = 100 * self.mean(method, "ua")[0]
