@@ -5,15 +5,17 @@ from pathlib import Path
 
 import torch
 
-from unweave.attention_tools import AnagramConfig, AnagramMTL
-from unweave.emoji_world import load_pipeline
+from unweave.attention_tools import AnagramMTL, CLIPScorer
+from unweave.emoji_world import load_clip, load_pipeline
 
 OUT = Path("runs/example-anagram")
 OUT.mkdir(parents=True, exist_ok=True)
 pipe = load_pipeline()
 
-# %% Balancing needs a scorer of noisy images, which this example leaves out.
-maker = AnagramMTL(pipe, AnagramConfig(balancing=False))
+# %% The scorer says which view is behind; this CLIP's images are standardised by a half.
+clip, middle = load_clip(), (0.5, 0.5, 0.5)
+scorer = CLIPScorer(clip.model, clip.tokenizer, mean=middle, std=middle)
+maker = AnagramMTL(pipe, scorer=scorer)
 made = maker(
     ["a turtle on a red background", "a cactus on a red background"],
     ["identity", "rotate_cw"],
@@ -25,5 +27,6 @@ made = maker(
 
 # %% Both views side by side, and what balanced them.
 made.strip().save(OUT / "views.png")
+print("weights of the views", [step["alpha"][0] for step in made.record["steps"]][:5])
 print("overlap loss by step", [step["L"] for step in made.record["steps"]][:5])
 print(OUT / "views.png")

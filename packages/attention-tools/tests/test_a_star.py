@@ -20,10 +20,11 @@ from unweave.attention_tools.a_star import (
 )
 from unweave.attention_tools.errors import GuidanceError, MapError, TokenError
 from unweave.attention_tools.guidance import DenoisingStep
-from unweave.attention_tools.latent_update import LatentUpdate, MapLoss, find_concepts, step_sizes
+from unweave.attention_tools.latent_update import LatentUpdate, MapLoss, step_sizes
 from unweave.attention_tools.layers import attention_layers
 from unweave.attention_tools.masks import to_mask
 from unweave.attention_tools.overlap import iou
+from unweave.attention_tools.tokens import find_concepts
 
 PROMPT, CONCEPTS = "a cat face and a rocket", ["cat face", "rocket"]
 PROMPTS = [PROMPT, "a pizza, a guitar and a turtle", "a panda on red"]
@@ -51,43 +52,8 @@ def toy_update(**losses: tuple[float, MapLoss]) -> LatentUpdate:
     return LatentUpdate(lambda forward: forward(), losses, step_sizes(20.0, (1.0, 1.0)))
 
 
-def tiny_unet(**config: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    usual = {
-        "sample_size": 16,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": 2,
-    }
-    return UNet2DConditionModel(**{**usual, **config}).eval()
-
-
 @pytest.fixture(scope="module")
-def tiny(pipe):
-    """A pipeline with a random U-Net, whose cross-attention is at 16x16 and 8x8."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    made = StableDiffusionPipeline(
-        vae=pipe.vae,
-        text_encoder=pipe.text_encoder,
-        tokenizer=pipe.tokenizer,
-        unet=tiny_unet(cross_attention_dim=pipe.text_encoder.config.hidden_size),
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-@pytest.fixture(scope="module")
-def tiny_xl(pipe):
+def tiny_xl(pipe, make_unet):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -109,7 +75,7 @@ def tiny_xl(pipe):
         text_encoder_2=CLIPTextModelWithProjection(second).eval(),
         tokenizer=pipe.tokenizer,
         tokenizer_2=pipe.tokenizer,
-        unet=tiny_unet(
+        unet=make_unet(
             cross_attention_dim=width + 16,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,

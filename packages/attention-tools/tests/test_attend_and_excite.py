@@ -61,9 +61,49 @@ def test_steps_after_the_last_altered_are_plain(pipe):
 
 def test_refinement_stops_at_its_limit_or_when_attended(pipe):
     hard = AttendAndExciteConfig(1, {0: 1.0}, max_refinement_steps=3, resolution=8)
-    assert call(pipe, hard, PROMPT, CONCEPTS, [0], 1)[1][0].refinements == 3
+    with pytest.warns(UserWarning, match="step 0 ended after 3 updates"):
+        assert call(pipe, hard, PROMPT, CONCEPTS, [0], 1)[1][0].refinements == 3
     easy = AttendAndExciteConfig(1, {0: 0.0}, resolution=8)
     assert call(pipe, easy, PROMPT, CONCEPTS, [0], 1)[1][0].refinements == 0
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny, make_unet):
+    """The tiny pipeline with weights moved so far that attention is uneven before any update."""
+    unet = make_unet(cross_attention_dim=tiny.unet.config.cross_attention_dim)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+    parts = {**tiny.components, "unet": unet.requires_grad_(False)}
+    made = type(tiny)(**parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.filterwarnings("error:refinement at step")
+def test_refinement_brings_the_least_attended_concept_to_the_threshold(sharp):
+    """Four seeds: the loss 1 - attention falls under 1 - 0.2, with the published step size."""
+    seeds = range(4)
+    plain = AttendAndExciteConfig(1, {}, resolution=16)
+    before = call(sharp, plain, [PROMPT] * 4, [CONCEPTS] * 4, seeds, 2)[1][0].losses["loss"]
+    config = AttendAndExciteConfig(1, {0: 0.2}, resolution=16)
+    _, (seen,) = call(sharp, config, [PROMPT] * 4, [CONCEPTS] * 4, seeds, 2)
+    after = seen.losses["loss"]
+    assert 0 < seen.refinements < 20
+    assert after.max() <= 0.8
+    there = before <= 0.8
+    assert there.sum() == 1 and (before[~there] > 0.9).all()
+    torch.testing.assert_close(after[there], before[there], atol=1e-4, rtol=0)
+
+
+def test_refinement_that_cannot_reach_its_threshold_warns_and_goes_on(sharp):
+    """A place cannot give 0.8 of its attention to each of two concepts where both are highest."""
+    config = AttendAndExciteConfig(2, {0: 0.2, 1: 0.8}, max_refinement_steps=12, resolution=16)
+    with pytest.warns(UserWarning, match=r"step 1 ended after 12 updates .* above 0\.2, at most"):
+        latents, record = call(sharp, config, [PROMPT], [CONCEPTS], [0], 3)
+    assert latents.isfinite().all()
+    assert [seen.step for seen in record] == [0, 1] and record[1].refinements == 12
+    assert record[0].losses["loss"].item() <= 0.8 and record[1].losses["loss"].item() > 0.2
 
 
 def test_attention_of_the_least_attended_concept_rises_on_a_toy():
@@ -85,6 +125,7 @@ def test_attention_of_the_least_attended_concept_rises_on_a_toy():
         assert attend_and_excite_loss(maps(latents)) < before
 
 
+@pytest.mark.filterwarnings("ignore:refinement at step")
 def test_a_batch_is_as_single_runs(pipe):
     config = AttendAndExciteConfig(2, {0: 0.2}, max_refinement_steps=2, resolution=8)
     prompts = [PROMPT, "a pizza on red"]

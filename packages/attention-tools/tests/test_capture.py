@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from unweave.attention_tools import (
@@ -70,22 +69,13 @@ def expected(pipe):
 
 
 @pytest.fixture
-def unet():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=12,
-            attention_head_dim=2,
-        )
-        for parameter in model.parameters():
-            parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model.eval().double().requires_grad_(False)
+def unet(make_unet):
+    """A tiny U-Net in float64, with weights that are moved so that no two layers look alike."""
+    model = make_unet(sample_size=8)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    return model.double().requires_grad_(False)
 
 
 def test_maps_are_the_explicit_softmax_of_each_step(pipe, expected):

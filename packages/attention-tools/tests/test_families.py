@@ -28,22 +28,6 @@ from unweave.attention_tools.errors import AttentionError
 TEXT, BATCH = 7, 3
 
 
-def unet(**config: Any) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    usual = {
-        "sample_size": 16,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-    }
-    return UNet2DConditionModel(**{**usual, **config})
-
-
 def unet_inputs(text_width: int = 12, channels: int = 4, size: int = 16) -> dict[str, Any]:
     return {
         "sample": torch.randn(BATCH, channels, size, size),
@@ -52,17 +36,17 @@ def unet_inputs(text_width: int = 12, channels: int = 4, size: int = 16) -> dict
     }
 
 
-def stable_diffusion_1():
-    return unet(), unet_inputs()
+def stable_diffusion_1(make_unet):
+    return make_unet(), unet_inputs()
 
 
-def stable_diffusion_2():
-    model = unet(use_linear_projection=True, attention_head_dim=(2, 4))
+def stable_diffusion_2(make_unet):
+    model = make_unet(use_linear_projection=True, attention_head_dim=(2, 4))
     return model, unet_inputs()
 
 
-def stable_diffusion_xl():
-    model = unet(
+def stable_diffusion_xl(make_unet):
+    model = make_unet(
         use_linear_projection=True,
         transformer_layers_per_block=(2, 1),
         addition_embed_type="text_time",
@@ -73,8 +57,8 @@ def stable_diffusion_xl():
     return model, {**unet_inputs(), "added_cond_kwargs": added}
 
 
-def deepfloyd_if():
-    model = unet(
+def deepfloyd_if(make_unet):
+    model = make_unet(
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -93,7 +77,7 @@ def deepfloyd_if():
     return model, unet_inputs(channels=3)
 
 
-def stable_diffusion_3(**config: Any):
+def stable_diffusion_3(make_unet, **config: Any):
     from diffusers import SD3Transformer2DModel
 
     model = SD3Transformer2DModel(
@@ -118,11 +102,11 @@ def stable_diffusion_3(**config: Any):
     }
 
 
-def stable_diffusion_3_5():
-    return stable_diffusion_3(dual_attention_layers=(0,), qk_norm="rms_norm")
+def stable_diffusion_3_5(make_unet):
+    return stable_diffusion_3(make_unet, dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
-def flux():
+def flux(make_unet):
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -146,7 +130,7 @@ def flux():
     }
 
 
-def pixart():
+def pixart(make_unet):
     from diffusers import PixArtTransformer2DModel
 
     model = PixArtTransformer2DModel(
@@ -172,7 +156,7 @@ def pixart():
 
 @dataclass(frozen=True)
 class Family:
-    build: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    build: Callable[[Callable[..., nn.Module]], tuple[nn.Module, dict[str, Any]]]
     text: slice
     """The text among the keys."""
     image: slice
@@ -245,12 +229,12 @@ class Seen(TorchFunctionMode):
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
-def family(request):
+def family(request, make_unet):
     """A family, its model and inputs, its plain output and what was seen in that run."""
     own = FAMILIES[request.param]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, inputs = own.build()
+        model, inputs = own.build(make_unet)
         model = model.eval()
         with torch.no_grad():
             for parameter in model.parameters():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from unweave.attention_tools import (
@@ -44,20 +44,9 @@ def same_objects(before, after):
 
 
 @pytest.fixture
-def unet():
+def unet(make_unet):
     """A tiny U-Net of this test's own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=12,
-            attention_head_dim=2,
-        ).eval()
+    return make_unet(sample_size=8)
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from unweave.attention_tools.capture import capture_attention
-from unweave.attention_tools.errors import GuidanceError, TokenError
+from unweave.attention_tools.errors import GuidanceError
 from unweave.attention_tools.guidance import DenoisingStep, guide_latents
 from unweave.attention_tools.latent_update import (
     ConceptMaps,
     ConceptReader,
     LatentUpdate,
-    find_concepts,
     find_resolution,
     step_sizes,
 )
+from unweave.attention_tools.tokens import find_concepts
 
 PROMPT = "a cat face and a rocket"
 
@@ -74,7 +74,8 @@ def test_refinement_ends_after_its_limit():
         targets={0: 0.0},
         max_refinement_steps=3,
     )
-    update(step(torch.ones(1, 1, 2, 2)))
+    with pytest.warns(UserWarning, match=r"step 0 ended after 3 updates .* 1 of 1 images above 0,"):
+        update(step(torch.ones(1, 1, 2, 2)))
     assert update.record[0].refinements == 3
 
 
@@ -123,29 +124,6 @@ def test_raw_maps_are_the_mean_over_tokens_and_can_be_normalised(pipe):
     torch.testing.assert_close(own[1], torch.stack([recorded[1, 0], torch.zeros(4, 4)]))
     scaled = ConceptMaps(spans, "raw", normalize=True)(recorded)
     assert scaled.flatten(2).amax(2).tolist() == [[1, 1], [1, 0]]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["cat face", "dog"], "'dog' is not among the words"),
-        (["cat face", "face"], "share token"),
-        ([["cat"], ["face"], ["rocket"]], "one for each of the 2 prompts"),
-        ([], "got none"),
-    ],
-)
-def test_wrong_concepts_are_named(pipe, words, message):
-    with pytest.raises(TokenError, match=message):
-        find_concepts(pipe, [PROMPT, PROMPT], words)
-
-
-def test_concepts_are_shared_or_given_for_each_prompt(pipe):
-    prompts = [PROMPT, "a rocket and a cat face"]
-    shared = find_concepts(pipe, prompts, ["cat face", "rocket"])
-    assert [own.positions for own in shared] == [((2, 3), (6,)), ((5, 6), (2,))]
-    assert [own.positions for own in find_concepts(pipe, prompts, [[2], [6]])] == [((2,), (6,))] * 2
-    several = find_concepts(pipe, prompts, [["rocket"], ["cat face"]], images_per_prompt=2)
-    assert [own.words[0] for own in several] == ["rocket", "rocket", "cat face", "cat face"]
 
 
 def test_the_usual_resolution_is_a_quarter_of_the_latents(pipe):

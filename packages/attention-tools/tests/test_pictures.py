@@ -8,7 +8,7 @@ from PIL import Image
 
 from unweave.attention_tools import AttentionMaps
 from unweave.attention_tools.errors import MapError
-from unweave.attention_tools.pictures import colour, grid, overlay
+from unweave.attention_tools.pictures import animate_maps, colour, grid, overlay
 
 
 def pixels(image):
@@ -82,6 +82,60 @@ def test_methods_of_maps_are_the_same_pictures(maps):
     assert pixels(maps.grid(image, by="step")).equal(pixels(grid(maps, image, by="step")))
     own = maps.select(token="cat").aggregate()[1, 0]
     assert pixels(maps.overlay(image, "cat", sample=1)).equal(pixels(overlay(image, own)))
+
+
+@pytest.fixture
+def growing():
+    """Maps of twelve steps whose one bright place grows, and moves along the first row."""
+    recorded = AttentionMaps(names=("cat",), each_step=True)
+    for step in range(12):
+        values = torch.zeros(1, 16, 1)
+        values[0, step // 3] = (step + 1) / 12
+        recorded.add("up_blocks.0.attn2", step, values, (4, 4))
+    return recorded
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_an_animation_has_a_frame_a_step_whose_colours_mean_the_same(growing, tmp_path, suffix):
+    path = animate_maps(growing, tmp_path / f"steps{suffix}", size=64, seconds=0.1)
+    with Image.open(path) as moving:
+        assert moving.n_frames == 12 and moving.info["loop"] == 0
+        frames, times = [], []
+        for at in range(12):
+            moving.seek(at)
+            frames.append(pixels(moving.copy()))
+            times.append(moving.info["duration"])
+    if suffix != ".webp":  # Pillow gives the end of a frame of WebP, not how long it lasts.
+        assert times == [100] * 11 + [400]
+    left = frames[0].shape[1] - 64 - 6
+    cells = [frame[22 : 22 + 64, left : left + 64].mean(-1) for frame in frames]
+    for step, cell in enumerate(cells):
+        assert cell.argmax().item() % 64 // 16 == step // 3
+    brightest = torch.stack([cell.max() for cell in cells])
+    assert (brightest.diff() > 0).all() and brightest[0] < 60
+
+
+def test_an_animation_lies_over_the_image(growing, tmp_path):
+    image = Image.new("RGB", (32, 32), "#3366cc")
+    with Image.open(growing.animate(tmp_path / "steps.gif", image)) as moving:
+        frame = pixels(moving.copy())
+    left = frame.shape[1] - 2 * (128 + 6)
+    assert (frame[40:140, left + 10 : left + 120] - torch.tensor([51.0, 102, 204])).abs().max() < 8
+
+
+def test_what_cannot_move_is_named(growing, maps, tmp_path):
+    for wrong, match in (
+        ((growing, tmp_path / "steps.jpg"), "end in one of"),
+        ((growing.select(step=0), tmp_path / "steps.gif"), "two steps"),
+        ((AttentionMaps(), tmp_path / "steps.gif"), "no maps"),
+    ):
+        with pytest.raises(MapError, match=match):
+            animate_maps(*wrong)
+    with pytest.raises(MapError, match="seconds"):
+        animate_maps(growing, tmp_path / "steps.gif", seconds=0)
+    with pytest.raises(MapError, match="sample"):
+        animate_maps(maps, tmp_path / "steps.gif", sample=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_named(maps):

@@ -428,10 +428,10 @@ def test_mistakes_are_named(pipe):
         zero(PROMPT, ["dragon", "rocket"])
     with pytest.raises(TokenError, match="share token"):
         zero(PROMPT, ["cat face", "cat"])
-    with pytest.raises(AttentionError, match="one list of words a prompt"):
+    with pytest.raises(TokenError, match="one for each of the 2 prompts, got 1"):
         zero([PROMPT, PROMPT], [CONCEPTS])
-    with pytest.raises(AttentionError, match="a list of words"):
-        zero([PROMPT, PROMPT], CONCEPTS)
+    with pytest.raises(TokenError, match="a list of words, got the text 'rocket'"):
+        zero(PROMPT, "rocket")
     with (
         pytest.raises(AttentionError, match="do not fit"),
         zero.applied([PROMPT] * 2, [CONCEPTS] * 2),

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from unweave.attention_tools import find_tokens
 from unweave.attention_tools.errors import TokenError
+from unweave.attention_tools.tokens import find_concepts
 
 PROMPT = "a cat face and a rocket on a red background"
+PAIR = "a cat face and a rocket"
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +201,27 @@ def test_tokenizers_without_offsets_find_the_same(pipe):
     for words in (["cat face", "rocket"], ["red background"], [("a", 1)]):
         slow, quick = find_tokens(Slow(), PROMPT, words), find_tokens(fast, PROMPT, words)
         assert slow == quick
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cat face", "dog"], "'dog' is not among the words"),
+        (["cat face", "face"], "share token"),
+        ([["cat"], ["face"], ["rocket"]], "one for each of the 2 prompts"),
+        ([], "got none"),
+        ("rocket", "a list of words, got the text 'rocket'"),
+    ],
+)
+def test_wrong_concepts_are_named(pipe, words, message):
+    with pytest.raises(TokenError, match=message):
+        find_concepts(pipe, [PAIR, PAIR], words)
+
+
+def test_concepts_are_shared_or_given_for_each_prompt(pipe):
+    prompts = [PAIR, "a rocket and a cat face"]
+    shared = find_concepts(pipe, prompts, ["cat face", "rocket"])
+    assert [own.positions for own in shared] == [((2, 3), (6,)), ((5, 6), (2,))]
+    assert [own.positions for own in find_concepts(pipe, prompts, [[2], [6]])] == [((2,), (6,))] * 2
+    several = find_concepts(pipe, prompts, [["rocket"], ["cat face"]], images_per_prompt=2)
+    assert [own.words[0] for own in several] == ["rocket", "rocket", "cat face", "cat face"]

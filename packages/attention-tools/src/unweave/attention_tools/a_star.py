@@ -21,17 +21,15 @@ from unweave.attention_tools.guidance import DenoisingStep, guide_latents
 from unweave.attention_tools.latent_update import (
     ConceptMaps,
     ConceptReader,
-    Concepts,
     LatentUpdate,
     Preprocess,
-    find_concepts,
     find_resolution,
     step_sizes,
 )
 from unweave.attention_tools.maps import AttentionMaps
 from unweave.attention_tools.masks import to_mask
 from unweave.attention_tools.overlap import min_sum_ratio
-from unweave.attention_tools.tokens import TokenSpans
+from unweave.attention_tools.tokens import Concepts, TokenSpans, find_concepts
 
 Masks = Tensor | Sequence[Tensor]
 """Masks (concepts, H, W) for all images alike, (n, concepts, H, W), or one tensor an image."""

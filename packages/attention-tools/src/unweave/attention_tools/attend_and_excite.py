@@ -18,14 +18,13 @@ from unweave.attention_tools.guidance import guide_latents
 from unweave.attention_tools.latent_update import (
     ConceptMaps,
     ConceptReader,
-    Concepts,
     LatentUpdate,
     Preprocess,
     StepRecord,
-    find_concepts,
     find_resolution,
     step_sizes,
 )
+from unweave.attention_tools.tokens import Concepts, find_concepts
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ class AttendAndExciteConfig:
     """How many steps are altered, counted from the first; meant for 50."""
 
     thresholds: Mapping[int, float] = field(default_factory=lambda: {0: 0.05, 10: 0.5, 20: 0.8})
-    """At these steps, updates repeat until the attention of every concept reaches the value."""
+    """At these steps, updates repeat until the attention of every concept reaches the value: the
+    iterative refinement of section 3.2, whose steps are meant for 50."""
 
     max_refinement_steps: int = 20
-    """How often they repeat at most."""
+    """How often they repeat at most; then a warning says so, and sampling goes on."""
 
     scale_factor: float = 20.0
     """Step size of the first step."""

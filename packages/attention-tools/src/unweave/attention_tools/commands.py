@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unweave.attention_tools.errors import AttentionError
+
+if TYPE_CHECKING:
+    from unweave.attention_tools.maps import AttentionMaps
+    from unweave.attention_tools.report import Table
+    from unweave.attention_tools.tokens import Word
 
 EMOJI_WORLD = "emoji-world"
 GUIDANCE = {EMOJI_WORLD: 4.0}
@@ -50,7 +56,12 @@ GuidanceOption = Annotated[
     float | None, typer.Option(min=0, help="Guidance scale; by default the model's own.")
 ]
 WordsOption = Annotated[
-    list[str], typer.Option("--word", help="A word or phrase of the prompt; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--word",
+        help="A word or phrase of the prompt; may be repeated. Without any, the subjects of the "
+        "prompt are found by a rule.",
+    ),
 ]
 ResolutionOption = Annotated[
     int | None, typer.Option(min=1, help="Positions a side of the maps that are read.")
@@ -60,40 +71,51 @@ ResolutionOption = Annotated[
 @attend.command()
 def maps(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    words: WordsOption,
+    words: WordsOption = None,
     model: ModelOption = EMOJI_WORLD,
     out: OutOption = Path("runs/maps"),
     seed: SeedOption = 0,
     steps: StepsOption = 25,
     guidance_scale: GuidanceOption = None,
     resolution: ResolutionOption = None,
+    animate: Annotated[bool, typer.Option(help="Also write the maps step by step.")] = False,
 ) -> None:
     """Generate an image and show where it looked for each word.
 
-    Writes image.png, maps.png with the map of each word, layers.png with those of each layer, and
-    maps.npz with the numbers.
+    Writes image.png, maps.png with the map of each word, layers.png with those of each layer,
+    maps.npz with the numbers, with --animate steps.gif, and report.html with all of it.
     """
     from unweave.attention_tools.capture import capture_attention
     from unweave.attention_tools.tokens import find_tokens
 
     with redirect_stdout(sys.stderr):
         pipe = _load(model)
-        tokens = find_tokens(pipe, prompt, words)
-        with capture_attention(pipe, tokens=tokens, resolution=resolution) as seen:
+        tokens = find_tokens(pipe, prompt, words or _subjects(prompt, model))
+        with capture_attention(
+            pipe, tokens=tokens, resolution=resolution, each_step=animate
+        ) as seen:
             image = _generate(pipe, model, prompt, seed, steps, guidance_scale)
         out.mkdir(parents=True, exist_ok=True)
         image.save(out / "image.png")
         seen.grid(image).save(out / "maps.png")
         seen.grid(image, by="layer").save(out / "layers.png")
+        if animate:
+            seen.animate(out / "steps.gif", image)
         seen.save(out / "maps.npz")
-    files = {name: str(out / name) for name in ("image.png", "maps.png", "layers.png", "maps.npz")}
-    _finish(out, {"prompt": prompt, "words": words, "seed": seed, "steps": steps, "files": files})
+    pictures = {
+        "The image.": "image.png",
+        "Where each word looks, averaged over layers and steps.": "maps.png",
+        "The same by layer.": "layers.png",
+        **({"The same step by step.": "steps.gif"} if animate else {}),
+    }
+    about = {"prompt": prompt, "words": list(tokens.words), "seed": seed, "steps": steps}
+    _finish(out, "Where words look", about, pictures, _map_tables(seen), ["maps.npz"])
 
 
 @attend.command()
 def compose(
     prompt: Annotated[str, typer.Argument(help="A prompt with several subjects.")],
-    words: WordsOption,
+    words: WordsOption = None,
     method: Annotated[Method, typer.Option(help="How subjects are kept apart.")] = Method.a_star,
     model: ModelOption = EMOJI_WORLD,
     out: OutOption = Path("runs/compose"),
@@ -105,20 +127,31 @@ def compose(
 ) -> None:
     """Generate a prompt of several subjects with and without a method that keeps them apart.
 
-    Writes grid.png: the plain pipeline above, the method below, a column a seed.
+    Writes grid.png, with the plain pipeline above, the method below and a column a seed, and
+    report.html.
     """
+    from unweave.attention_tools.tokens import find_tokens
+
     with redirect_stdout(sys.stderr):
         pipe = _load(model)
+        concepts = words or _subjects(prompt, model)
         run = _composer(pipe, method, model, resolution)
         rows: list[list[Any]] = [[], []]
         for own in range(seed, seed + samples):
             rows[0].append(_generate(pipe, model, prompt, own, steps, guidance_scale))
             options = _options(model, own, steps, guidance_scale)
-            rows[1].append(run(prompt, words, **options).images[0])
+            rows[1].append(run(prompt, concepts, **options).images[0])
         out.mkdir(parents=True, exist_ok=True)
         _sheet(rows).save(out / "grid.png")
-    about = {"prompt": prompt, "words": words, "method": str(method), "seed": seed, "steps": steps}
-    _finish(out, {**about, "files": {"grid.png": str(out / "grid.png")}})
+    about = {
+        "prompt": prompt,
+        "words": list(find_tokens(pipe, prompt, concepts).words),
+        "method": str(method),
+        "seed": seed,
+        "steps": steps,
+    }
+    caption = f"Above the plain pipeline, below {method}; a column a seed, from {seed} on."
+    _finish(out, "Subjects kept apart", about, {caption: "grid.png"})
 
 
 @attend.command()
@@ -153,8 +186,9 @@ def anagram(
         out.mkdir(parents=True, exist_ok=True)
         made.image.save(out / "image.png")
         made.strip().save(out / "views.png")
-    files = {name: str(out / name) for name in ("image.png", "views.png")}
-    _finish(out, {**made.record, "seed": seed, "files": files})
+    about = {"prompts": prompts, "views": views, "seed": seed}
+    pictures = {"The image.": "image.png", "The image in each view.": "views.png"}
+    _finish(out, "Anagram", about, pictures, result=made.record)
 
 
 def _load(model: str) -> Any:
@@ -235,8 +269,61 @@ def _sheet(rows: list[list[Any]]) -> Any:
     return sheet
 
 
-def _finish(out: Path, result: dict[str, Any]) -> None:
-    """Write the result as JSON and print the paths of the files."""
-    (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    for path in (*result["files"].values(), str(out / "result.json")):
+def _subjects(prompt: str, model: str) -> tuple[Word, ...]:
+    """Return the subjects of a prompt, of which the embedded model knows the names."""
+    from unweave.attention_tools.subjects import find_subjects
+
+    if model != EMOJI_WORLD:
+        return find_subjects(prompt)
+    from unweave.emoji_world import World
+
+    return find_subjects(prompt, World.concepts)
+
+
+def _map_tables(seen: AttentionMaps) -> list[Table]:
+    """Return what the maps of words come to, and how far those of two words overlap."""
+    from itertools import combinations
+
+    from unweave.attention_tools.overlap import min_sum_ratio
+    from unweave.attention_tools.report import Table
+
+    maps, names = seen.aggregate()[0], list(seen.names or ())
+    covered = seen.to_mask()[0].float().mean((1, 2))
+    rows = [
+        (name, float(own.max()), float(own.mean()), f"{100 * float(share):.0f} %")
+        for name, own, share in zip(names, maps, covered, strict=True)
+    ]
+    tables = [Table("Words", ("word", "largest", "mean", "inside Otsu's threshold"), rows)]
+    pairs = [
+        (f"{names[first]} and {names[second]}", float(min_sum_ratio(maps[first], maps[second])))
+        for first, second in combinations(range(len(names)), 2)
+    ]
+    if pairs:
+        tables.append(
+            Table("Overlap", ("words", "sum of minima over sum, 0 apart to 0.5 equal"), pairs)
+        )
+    return tables
+
+
+def _finish(
+    out: Path,
+    title: str,
+    about: Mapping[str, Any],
+    pictures: Mapping[str, str],
+    tables: Sequence[Table] = (),
+    others: Sequence[str] = (),
+    result: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the report and the result as JSON, and print the paths of all files.
+
+    `pictures` are names of files by what they show, `others` names of files that are none.
+    """
+    from unweave.attention_tools.report import write_report
+
+    shown = {caption: out / name for caption, name in pictures.items()}
+    write_report(out / "report.html", title, about=about, pictures=shown, tables=tables)
+    names = [*pictures.values(), *others, "report.html"]
+    told = {**(result or {}), **about, "files": {name: str(out / name) for name in names}}
+    (out / "result.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
+    for path in (*told["files"].values(), str(out / "result.json")):
         typer.echo(path)

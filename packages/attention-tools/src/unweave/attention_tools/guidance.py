@@ -97,6 +97,52 @@ def replaced_method(owner: Any, name: str, method: Callable[..., Any]) -> Iterat
             setattr(owner, name, before)
 
 
+@dataclass
+class SamplingSteps:
+    """How far a run is."""
+
+    scheduler: Any = field(repr=False)
+    index: int = 0
+    """Steps of the scheduler since its timesteps were set."""
+
+    @property
+    def count(self) -> int:
+        """How many it was set to."""
+        return len(self.scheduler.timesteps)
+
+
+@contextmanager
+def follow_steps(
+    pipe: Any, after: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[SamplingSteps]:
+    """Count the steps of a pipeline's scheduler, whatever passes of the denoiser each takes.
+
+    `after` gets the latents that each step made, and returns those that the run goes on with.
+    """
+    scheduler = pipe.scheduler
+    steps, step, begin = SamplingSteps(scheduler), scheduler.step, scheduler.set_timesteps
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        steps.index += 1
+        if after is None:
+            return result
+        if isinstance(result, tuple):
+            return (after(result[0]), *result[1:])
+        result.prev_sample = after(result.prev_sample)
+        return result
+
+    def begun(*args: Any, **kwargs: Any) -> Any:
+        steps.index = 0
+        return begin(*args, **kwargs)
+
+    with (
+        replaced_method(scheduler, "step", counted),
+        replaced_method(scheduler, "set_timesteps", begun),
+    ):
+        yield steps
+
+
 class _Guide:
     def __init__(
         self, pipe: Any, denoiser: Any, update: Update, steps: Collection[int] | None

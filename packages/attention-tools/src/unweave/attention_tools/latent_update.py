@@ -1,15 +1,15 @@
 """One latent-update loop: a gradient step on the latents per denoising step, under losses on maps.
 
 A-STAR and Attend-and-Excite differ in their losses and in when they refine. What they share is
-here: which tokens are concepts, how the maps of concepts are read, and the step itself.
+here: how the maps of concepts are read, and the step itself.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +20,9 @@ from unweave.attention_tools.guidance import DenoisingStep
 from unweave.attention_tools.layers import denoiser_of
 from unweave.attention_tools.maps import AttentionMaps
 from unweave.attention_tools.masks import smooth
-from unweave.attention_tools.tokens import TokenSpans, Word, find_tokens
+from unweave.attention_tools.tokens import TokenSpans
 
 Preprocess = Literal["aae", "raw"]
-Concepts = Sequence[Word] | Sequence[Sequence[Word]]
-"""What should appear: words for all prompts alike, or one list of words for each prompt."""
-
 MapLoss = Callable[[Tensor], Tensor]
 """Maps (n, concepts, h, w) in, one value a sample (n,) out.
 
@@ -159,7 +156,7 @@ class LatentUpdate:
     """At these steps, updates repeat while a sample's loss is above the value."""
 
     max_refinement_steps: int = 20
-    """How often they repeat at most."""
+    """How often they repeat at most; a warning says where that was not enough."""
 
     record: list[StepRecord] = field(default_factory=list)
     """One entry a step."""
@@ -178,6 +175,8 @@ class LatentUpdate:
             latents = latents - alpha * gradient * behind.view(-1, 1, 1, 1)
             losses, maps, gradient = self._gradient(step, latents)
             refinements += 1
+        if target is not None:
+            self._check_reached(step, self._total(losses).detach(), target, refinements)
         self.record.append(
             StepRecord(
                 step.index,
@@ -209,6 +208,19 @@ class LatentUpdate:
         parts = [self.losses[name][0] * value for name, value in losses.items()]
         return torch.stack(parts).sum(0)
 
+    def _check_reached(
+        self, step: DenoisingStep, total: Tensor, target: float, refinements: int
+    ) -> None:
+        behind = int((total > target).sum())
+        if behind:
+            warnings.warn(
+                f"refinement at step {step.index} ended after {refinements} updates with the loss "
+                f"of {behind} of {len(total)} images above {target:.3g}, at most "
+                f"{float(total.max()):.3g}: raise `max_refinement_steps` or the step size, or ask "
+                "for less attention",
+                stacklevel=3,
+            )
+
     def _check_size(self, step: DenoisingStep, moved: Tensor, latents: Tensor) -> None:
         if (
             not self.warned
@@ -236,23 +248,6 @@ def step_sizes(scale: float, over: tuple[float, float]) -> Callable[[int, int], 
     return alpha
 
 
-def find_concepts(
-    pipe: Any, prompt: str | Sequence[str], concepts: Concepts, images_per_prompt: int = 1
-) -> tuple[TokenSpans, ...]:
-    """Return the tokens of the concepts for each image of a call of the pipeline.
-
-    Raises `TokenError` for words that are not in their prompt, concepts that share a token, or
-    lists that are not as many as the prompts.
-    """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    lists = _each_prompt(prompts, concepts)
-    return tuple(
-        spans
-        for text, words in zip(prompts, lists, strict=True)
-        for spans in [find_tokens(pipe, text, words).require_distinct()] * images_per_prompt
-    )
-
-
 def find_resolution(
     pipe: Any,
     resolution: int | tuple[int, int] | None,
@@ -277,19 +272,3 @@ def find_resolution(
             columns if width is None else width // scale,
         )
     return -(-size[0] // 4), -(-size[1] // 4)
-
-
-def _each_prompt(prompts: list[str], concepts: Concepts) -> list[Sequence[Word]]:
-    """Return one list of words a prompt: a shared list holds words, others hold lists of words."""
-    own = len(concepts) > 0 and all(
-        isinstance(words, list) and words and not all(isinstance(one, int) for one in words)
-        for words in concepts
-    )
-    if not own:
-        return [cast(Sequence[Word], concepts)] * len(prompts)
-    if len(concepts) != len(prompts):
-        raise TokenError(
-            f"`concepts` must be one list of words, or one for each of the {len(prompts)} prompts, "
-            f"got {len(concepts)}"
-        )
-    return cast(list[Sequence[Word]], list(concepts))

@@ -167,6 +167,12 @@ class AttentionMaps:
 
         return grid(self, image, by=by, sample=sample)
 
+    def animate(self, path: str | Path, image: Any = None, *, sample: int = 0) -> Path:
+        """Write the maps of each step as a moving picture: `animate_maps`."""
+        from unweave.attention_tools.pictures import animate_maps
+
+        return animate_maps(self, path, image, sample=sample)
+
     def save(self, path: str | Path) -> Path:
         """Write everything to a compressed `.npz`, which `AttentionMaps.load` and numpy read."""
         import numpy as np

@@ -1,8 +1,11 @@
-"""Pictures of attention maps: over an image, and as a grid of tokens by layers or steps."""
+"""Pictures of attention maps: over an image, in a grid by layers or steps, and moving."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 HEAT = ("#000004", "#280b54", "#65156e", "#9f2a63", "#d44842", "#f57d15", "#fac127", "#fcffa4")
 """Dark to bright: evenly spaced colours of "inferno", with which lightness grows by the value."""
 
-GAP = 6
+OPACITY = 0.6
+GAP, LINE = 6, 16
+"""Pixels between cells, and of a line of text."""
+
+MOVING = (".gif", ".webp", ".png")
+"""What an animation can be written as."""
 
 
 def colour(values: Tensor) -> Tensor:
@@ -34,27 +42,18 @@ def colour(values: Tensor) -> Tensor:
     return torch.lerp(table[low], table[low + 1], (place - low)[..., None])
 
 
-def overlay(image: Any, attention: Tensor, *, opacity: float = 0.6) -> Image:
+def overlay(image: Any, attention: Tensor, *, opacity: float = OPACITY) -> Image:
     """Return `image` with a map (h, w) of any size over it: bright where the map is high.
 
     The map is rescaled to [0, 1] and enlarged smoothly to the image, a PIL image, an array
     (H, W, 3) or a tensor (3, H, W) in [0, 1]. Raises `MapError` for another shape of map or image,
     and for an opacity outside [0, 1].
     """
-    from PIL import Image
-
     if not 0 <= opacity <= 1:
         raise MapError(f"`opacity` must be from 0 to 1, got {opacity}")
     if attention.dim() != 2:
         raise MapError(f"`attention` must be one map (h, w), got {tuple(attention.shape)}")
-    picture = _picture(image)
-    ground = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() / 255
-    ground = ground.reshape(picture.height, picture.width, 3)
-    maps = rescaled(attention.detach().float().cpu())[None, None]
-    size = (picture.height, picture.width)
-    heat = interpolate(maps, size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
-    mixed = torch.lerp(ground, colour(heat), opacity)
-    return Image.fromarray(mixed.mul(255).round().byte().numpy())
+    return _over(_picture(image), rescaled(attention.detach().float().cpu()), opacity)
 
 
 def grid(
@@ -71,37 +70,58 @@ def grid(
     its own, and says its largest value. `size` is the side of a cell in pixels. Raises `MapError`
     when nothing was recorded, and for a sample that is not there.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     rows = _rows(maps, by)
-    first = rows[0][1]
-    if not -first.shape[0] <= sample < first.shape[0]:
-        raise MapError(f"`sample` must be below {first.shape[0]}, got {sample}")
-    names = list(maps.names or map(str, range(first.shape[1])))
+    names = _names(maps, rows[0][1], sample)
     picture = None if image is None else _picture(image)
-    font = ImageFont.load_default(size=12)
-    line = 16
-    left = max((int(font.getlength(label)) for label, _ in rows), default=0)
-    left += 2 * GAP if left else GAP
-    columns = len(names) + (picture is not None)
-    height = line + GAP + len(rows) * (size + line + GAP)
-    sheet = Image.new("RGB", (left + columns * (size + GAP), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(([""] if picture is not None else []) + names):
-        draw.text(
-            (left + column * (size + GAP), GAP // 2), _fitting(name, font, size), "black", font
+    chosen = [_Row(label, own, rescaled(own)) for label, own in _of_sample(rows, sample)]
+    return _sheet(names, chosen, picture, size, _margin(rows))
+
+
+def animate_maps(
+    maps: AttentionMaps,
+    path: str | Path,
+    image: Any = None,
+    *,
+    sample: int = 0,
+    size: int = 128,
+    seconds: float = 0.25,
+) -> Path:
+    """Write maps over the denoising steps as a moving picture: a frame a step, a column a token.
+
+    Record with `each_step=True`. Colours of a token mean the same in all frames: from the least to
+    the largest value of its map over all steps. Maps lie over `image` where it is given. A frame
+    lasts `seconds`, the last one four times as long; then it begins again. The format follows the
+    suffix: `.gif`, `.webp` or an animated `.png`.
+
+    Raises `MapError` for another suffix, maps of a single step, or a sample that is not there.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in MOVING:
+        raise MapError(f"`path` must end in one of {', '.join(MOVING)}, got {target.name!r}")
+    if seconds <= 0:
+        raise MapError(f"`seconds` must be above 0, got {seconds}")
+    rows = _rows(maps, "step")
+    if len(rows) < 2:
+        raise MapError(
+            f"an animation needs maps of two steps, got steps {maps.steps}: record with "
+            "`each_step=True`"
         )
-    for row, (label, values) in enumerate(rows):
-        top = line + GAP + row * (size + line + GAP)
-        draw.text((GAP, top + size // 2 - line // 2), label, "black", font)
-        cells = [] if picture is None else [(picture.resize((size, size)), "")]
-        for own in values[sample].detach().float().cpu():
-            cells.append((_cell(own, picture, size), f"max {float(own.max()):.3g}"))
-        for column, (cell, note) in enumerate(cells):
-            at = left + column * (size + GAP)
-            sheet.paste(cell, (at, top))
-            draw.text((at, top + size), note, "#666666", font)
-    return sheet
+    names = _names(maps, rows[0][1], sample)
+    chosen = _of_sample(rows, sample)
+    values = torch.stack([own for _, own in chosen], 1)
+    scaled = rescaled(values.flatten(2)).view_as(values)
+    picture = None if image is None else _picture(image)
+    frames = [
+        _sheet(names, [_Row(label, own, scaled[:, at])], picture, size, _margin(rows))
+        for at, (label, own) in enumerate(chosen)
+    ]
+    times = [round(1000 * seconds)] * len(frames)
+    times[-1] *= 4
+    settings: dict[str, Any] = {"lossless": True} if target.suffix.lower() == ".webp" else {}
+    frames[0].save(
+        target, save_all=True, append_images=frames[1:], duration=times, loop=0, **settings
+    )
+    return target
 
 
 def _rows(maps: AttentionMaps, by: str | None) -> list[tuple[str, Tensor]]:
@@ -128,13 +148,83 @@ def _short(layer: str, grid: tuple[int, int]) -> str:
     return f"{place} {'.'.join(re.findall(r'(?<=[.])[0-9]+', layer))} {grid[0]}x{grid[1]}"
 
 
+def _names(maps: AttentionMaps, values: Tensor, sample: int) -> list[str]:
+    """Return what the tokens are called, after a check that the sample is there."""
+    if not -values.shape[0] <= sample < values.shape[0]:
+        raise MapError(f"`sample` must be below {values.shape[0]}, got {sample}")
+    return list(maps.names or map(str, range(values.shape[1])))
+
+
+def _of_sample(rows: Sequence[tuple[str, Tensor]], sample: int) -> list[tuple[str, Tensor]]:
+    return [(label, values[sample].detach().float().cpu()) for label, values in rows]
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    values: Tensor
+    """Maps (tokens, h, w)."""
+
+    shown: Tensor
+    """The same moved and scaled to [0, 1]."""
+
+
+def _margin(rows: Sequence[tuple[str, Tensor]]) -> int:
+    """Return how wide the labels of rows are."""
+    widest = max(int(_font().getlength(label)) for label, _ in rows)
+    return widest + 2 * GAP if widest else GAP
+
+
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=12)
+
+
+def _sheet(
+    names: Sequence[str], rows: Sequence[_Row], picture: Image | None, size: int, left: int
+) -> Image:
+    """Return rows of maps with names above, labels on the left and the largest value below each."""
+    from PIL import Image, ImageDraw
+
+    font, shown = _font(), 0 if picture is None else 1
+    width = left + (len(names) + shown) * (size + GAP)
+    sheet = Image.new("RGB", (width, LINE + GAP + len(rows) * (size + LINE + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(names, shown):
+        at = (left + column * (size + GAP), GAP // 2)
+        draw.text(at, _fitting(name, font, size), "black", font)
+    for index, row in enumerate(rows):
+        top = LINE + GAP + index * (size + LINE + GAP)
+        draw.text((GAP, top + size // 2 - LINE // 2), row.label, "black", font)
+        if picture is not None:
+            sheet.paste(picture.resize((size, size)), (left, top))
+        for column, (values, heat) in enumerate(zip(row.values, row.shown, strict=True), shown):
+            at = (left + column * (size + GAP), top)
+            sheet.paste(_cell(heat, picture, size), at)
+            draw.text((at[0], top + size), f"max {float(values.max()):.3g}", "#666666", font)
+    return sheet
+
+
 def _cell(values: Tensor, picture: Image | None, size: int) -> Image:
     from PIL import Image
 
     if picture is not None:
-        return overlay(picture.resize((size, size)), values)
-    flat = colour(rescaled(values)).mul(255).round().byte().numpy()
+        return _over(picture.resize((size, size)), values, OPACITY)
+    flat = colour(values).mul(255).round().byte().numpy()
     return Image.fromarray(flat).resize((size, size), Image.Resampling.NEAREST)
+
+
+def _over(picture: Image, values: Tensor, opacity: float) -> Image:
+    """Return a picture with the heat of values (h, w) in [0, 1] over it."""
+    from PIL import Image
+
+    ground = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() / 255
+    ground = ground.reshape(picture.height, picture.width, 3)
+    size = (picture.height, picture.width)
+    heat = interpolate(values[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    mixed = torch.lerp(ground, colour(heat), opacity)
+    return Image.fromarray(mixed.mul(255).round().byte().numpy())
 
 
 def _picture(image: Any) -> Image:

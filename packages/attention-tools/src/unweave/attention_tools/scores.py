@@ -17,6 +17,29 @@ class Scorer(Protocol):
         """Return cosines (T, T), of view i and prompt j, of the views (T, C, H, W) at time t."""
 
 
+@torch.no_grad()
+def text_features(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the features (n, D) of unit length that a CLIP of transformers has for prompts."""
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+    ids = tokens.input_ids.to(model.device)
+    return unit_features(model.get_text_features(input_ids=ids))
+
+
+class PromptFeatures:
+    """Those features of prompts that are asked for again and again, kept."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self._kept: dict[tuple[str, ...], Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Return the features (T, D) of prompts."""
+        key = tuple(prompts)
+        if key not in self._kept:
+            self._kept[key] = text_features(self.model, self.tokenizer, prompts)
+        return self._kept[key]
+
+
 class CLIPScorer:
     """Cosines of an ordinary CLIP of transformers, for predicted images in [-1, 1].
 
@@ -32,9 +55,8 @@ class CLIPScorer:
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.texts = model.eval(), PromptFeatures(model, tokenizer)
         self.mean, self.std = (torch.tensor(one).reshape(1, 3, 1, 1) for one in (mean, std))
-        self._texts: dict[tuple[str, ...], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, views: Tensor, t: float, prompts: Sequence[str]) -> Tensor:
@@ -44,17 +66,8 @@ class CLIPScorer:
         if images.shape[-2:] != (size, size):
             images = interpolate(images, (size, size), mode="bicubic", antialias=True)
         images = (images.clamp(0, 1) - self.mean.to(images)) / self.std.to(images)
-        seen = _unit(self.model.get_image_features(pixel_values=images.to(self.model.dtype)))
-        return seen @ self._text(tuple(prompts)).T
-
-    def _text(self, prompts: tuple[str, ...]) -> Tensor:
-        if prompts not in self._texts:
-            tokens = self.tokenizer(
-                list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-            )
-            ids = tokens.input_ids.to(self.model.device)
-            self._texts[prompts] = _unit(self.model.get_text_features(input_ids=ids))
-        return self._texts[prompts]
+        seen = self.model.get_image_features(pixel_values=images.to(self.model.dtype))
+        return unit_features(seen) @ self.texts(prompts).T
 
 
 def alignment(scores: Tensor) -> Tensor:
@@ -79,6 +92,7 @@ def concealment(scores: Tensor, temperature: float = 0.01) -> Tensor:
     return both.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def _unit(features: Any) -> Tensor:
+def unit_features(features: Any) -> Tensor:
+    """Return what `get_image_features` and `get_text_features` of any release gave, of length 1."""
     vectors: Tensor = getattr(features, "pooler_output", features)
     return normalize(vectors.float(), dim=-1)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from unweave.attention_tools.editing import follow_steps
 from unweave.attention_tools.errors import AttentionError, MapError, TokenError
-from unweave.attention_tools.guidance import replaced_method
+from unweave.attention_tools.guidance import follow_steps, replaced_method
 from unweave.attention_tools.interception import AttentionCall, Handler, intercept_attention
 from unweave.attention_tools.layers import select_layers
-from unweave.attention_tools.tokens import TokenSpans, Word, find_tokens
+from unweave.attention_tools.tokens import Concepts, TokenSpans, find_concepts, find_tokens
 from unweave.kernels import attention_maps, attention_with_maps
 
 LEAST_LEFT = 1e-4
@@ -124,14 +123,14 @@ class T2IZero:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        concepts: Sequence[Word] | Sequence[Sequence[Word]],
+        concepts: Concepts,
         **arguments: Any,
     ) -> Any:
         """Return the pipeline's output for `prompt`; `arguments` go to the pipeline.
 
-        `concepts` are words of the prompt, phrases or token positions; for a list of prompts, one
-        list of them a prompt. Raises `TokenError` for words that are not in their prompt or share
-        a token, and `AttentionError` when there are not as many lists as prompts.
+        `concepts` are words of the prompt, phrases or token positions, or for several prompts one
+        list of them each. Raises `TokenError` for words that are not in their prompt or share a
+        token, and when there are not as many lists as prompts.
         """
         with self.applied(prompt, concepts):
             prompts = prompt if isinstance(prompt, str) else list(prompt)
@@ -141,11 +140,11 @@ class T2IZero:
     def applied(
         self,
         prompt: str | Sequence[str],
-        concepts: Sequence[Word] | Sequence[Sequence[Word]],
-    ) -> Iterator[list[TokenSpans]]:
+        concepts: Concepts,
+    ) -> Iterator[tuple[TokenSpans, ...]]:
         """Correct calls of the pipeline with `prompt` in the block; yields the chosen tokens."""
         config, pipe = self.config, self.pipe
-        spans = _spans(pipe, prompt, concepts)
+        spans = find_concepts(pipe, prompt, concepts)
         if config.suppression and config.mode == "concepts" and min(map(len, spans)) == 1:
             warnings.warn("one concept has no other to be told apart from", stacklevel=4)
         with ExitStack() as stack:
@@ -372,27 +371,3 @@ def _widths(pipe: Any, features: int) -> list[int]:
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
     widths = [encoder.config.hidden_size for encoder in encoders if encoder is not None]
     return widths if sum(widths) == features else [features]
-
-
-def _spans(
-    pipe: Any,
-    prompt: str | Sequence[str],
-    concepts: Sequence[Word] | Sequence[Sequence[Word]],
-) -> list[TokenSpans]:
-    """Return the tokens of each prompt's concepts."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    lists: list[Any] = [concepts] if isinstance(prompt, str) else list(concepts)
-    if isinstance(concepts, str) or any(isinstance(own, str) for own in lists):
-        raise AttentionError(
-            "`concepts` must be a list of words, or for a list of prompts one such list a prompt, "
-            f"got {concepts!r}"
-        )
-    if len(lists) != len(prompts):
-        raise AttentionError(
-            f"`concepts` must have one list of words a prompt, got {len(lists)} lists for "
-            f"{len(prompts)} prompts"
-        )
-    return [
-        find_tokens(pipe, one, own).require_distinct()
-        for one, own in zip(prompts, lists, strict=True)
-    ]

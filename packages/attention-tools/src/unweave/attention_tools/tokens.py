@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from unweave.attention_tools.errors import TokenError
 
 Word = str | tuple[str, int] | Sequence[int]
 """A phrase of the prompt, a phrase with which of its occurrences (from 0), or token positions."""
+
+Concepts = Sequence[Word] | Sequence[Sequence[Word]]
+"""What should appear: words for all prompts alike, or one list of words for each prompt."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,49 @@ def find_tokens(pipe: Any, prompt: str, words: Sequence[Word]) -> TokenSpans:
     return TokenSpans(prompt, tokens, tuple(names), tuple(positions))
 
 
+def find_concepts(
+    pipe: Any, prompt: str | Sequence[str], concepts: Concepts, images_per_prompt: int = 1
+) -> tuple[TokenSpans, ...]:
+    """Return the tokens of the concepts for each image of a call of the pipeline.
+
+    Raises `TokenError` for words that are not in their prompt, concepts that share a token, or
+    lists that are not as many as the prompts.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    lists = _each_prompt(prompts, concepts)
+    return tuple(
+        spans
+        for text, words in zip(prompts, lists, strict=True)
+        for spans in [find_tokens(pipe, text, words).require_distinct()] * images_per_prompt
+    )
+
+
+def occurrences(prompt: str, phrase: str) -> list[re.Match[str]]:
+    """Return where `phrase` stands in a prompt as whole words, whatever their case and spaces."""
+    if not phrase.split():
+        return []
+    pattern = rf"(?<!\w){re.escape(' '.join(phrase.split()))}(?!\w)".replace(r"\ ", r"\s+")
+    return list(re.finditer(pattern, prompt, re.IGNORECASE))
+
+
+def _each_prompt(prompts: list[str], concepts: Concepts) -> list[Sequence[Word]]:
+    """Return one list of words a prompt: a shared list holds words, others hold lists of words."""
+    if isinstance(concepts, str):
+        raise TokenError(f"`concepts` must be a list of words, got the text {concepts!r}")
+    own = len(concepts) > 0 and all(
+        isinstance(words, list) and words and not all(isinstance(one, int) for one in words)
+        for words in concepts
+    )
+    if not own:
+        return [cast(Sequence[Word], concepts)] * len(prompts)
+    if len(concepts) != len(prompts):
+        raise TokenError(
+            f"`concepts` must be one list of words, or one for each of the {len(prompts)} prompts, "
+            f"got {len(concepts)}"
+        )
+    return cast(list[Sequence[Word]], list(concepts))
+
+
 class _Tokenized:
     """A prompt in the tokens of one encoder, whose columns begin at `first`."""
 
@@ -96,8 +142,7 @@ class _Tokenized:
         self.window = min(int(tokenizer.model_max_length), 512)
 
     def find(self, phrase: str, occurrence: int | None) -> list[int]:
-        pattern = rf"(?<!\w){re.escape(' '.join(phrase.split()))}(?!\w)".replace(r"\ ", r"\s+")
-        matches = list(re.finditer(pattern, self.prompt, re.IGNORECASE)) if phrase.split() else []
+        matches = occurrences(self.prompt, phrase)
         if not matches:
             raise TokenError(
                 f"{phrase!r} is not among the words of {self.prompt!r}, whose tokens are "

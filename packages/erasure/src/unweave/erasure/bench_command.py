@@ -25,7 +25,7 @@ TEST_STYLES = ("openmoji", "fluent")
 def erase_bench(
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A name from `unweave methods`; once for each, by default all."),
+        typer.Option(help="A name from `unweave methods`; by default those with a recipe."),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="An object to erase; once for each.")
@@ -51,12 +51,18 @@ def erase_bench(
     """
     from unweave.diffusion_core.pipelines import load_pipeline
     from unweave.erasure.leaderboard import rank_erasers, save_leaderboard
-    from unweave.erasure.methods import METHODS, make_eraser
+    from unweave.erasure.methods import METHODS, NEED_REPLACEMENT, make_eraser
+    from unweave.erasure.recipes import RECIPES
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"--out {str(out)!r} exists already; give a new or an empty folder")
-    names = method or list(METHODS)
+    names = method or list(RECIPES[EMOJI_WORLD])
     for name in names:
+        if name in NEED_REPLACEMENT:
+            raise SelectionError(
+                f"{name!r} needs a replacement for each target, which this command does not choose;"
+                " rank it with rank_erasers in Python, or leave it out"
+            )
         if name not in METHODS:
             raise SelectionError(f"--method must be one of {tuple(METHODS)}, got {name!r}")
     objects_to_erase = TEST_OBJECTS if target is None else tuple(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -127,12 +127,12 @@ class ErasePlan:
             _require_known(concept, embedded_world().trained, synonyms, "concept")
 
     def _check_images_are_used(self) -> None:
-        from unweave.erasure.methods import METHODS
+        from unweave.erasure.methods import READ_IMAGES
 
-        if "num_images" not in {field.name for field in fields(METHODS[self.method].config_class)}:
+        if self.method not in READ_IMAGES:
             raise SelectionError(
-                f"--images has no effect on {self.method!r}, which learns from the name alone; "
-                "leave it out or take --method few-shot"
+                f"--images has no effect on {self.method!r}, which does not learn from images of "
+                f"the target; leave it out or take --method {' or '.join(READ_IMAGES)}"
             )
 
     def _load_judge(self) -> Judge | None:

@@ -8,18 +8,38 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from unweave.diffusion_core.errors import SelectionError
+from unweave.erasure.all_but_one import AllButOne
+from unweave.erasure.co_erasing import CoErasing
+from unweave.erasure.concept_ablation import ConceptAblation
+from unweave.erasure.doco import DoCo
 from unweave.erasure.esd import ESD
 from unweave.erasure.few_shot import FewShotErasing
+from unweave.erasure.mace import MACE
 from unweave.erasure.protocol import KINDS, Eraser
+from unweave.erasure.rece import RECE
 from unweave.erasure.recipes import ANCHORS, RECIPES
+from unweave.erasure.spm import SPM
 from unweave.erasure.uce import UCE
 
 METHODS: dict[str, type[Eraser]] = {
     "few-shot": FewShotErasing,
-    "uce": UCE,
+    "doco": DoCo,
+    "co-erasing": CoErasing,
+    "all-but-one": AllButOne,
     "esd": ESD,
+    "uce": UCE,
+    "rece": RECE,
+    "concept-ablation": ConceptAblation,
+    "spm": SPM,
+    "mace": MACE,
 }
-"""Eraser classes by name."""
+"""Eraser classes by name: the systems of four papers, then the baselines of the field."""
+
+READ_IMAGES = ("few-shot", "co-erasing", "mace")
+"""Erasers that learn from `ErasureRequest.images` when there are some."""
+
+NEED_REPLACEMENT = ("doco", "concept-ablation")
+"""Erasers that cannot do without `ErasureRequest.replacement`, their anchor."""
 
 
 def make_eraser(
