@@ -17,7 +17,7 @@ draw = PromptToPrompt(pipe, PromptToPromptConfig(cross_steps=0.3))
 source, target = "a cat face on a red background", "a dog face on a blue background"
 
 # %% Maps of this small model are flat: a higher threshold than the paper's 0.3 finds the animal.
-blends = [None, LocalBlend(["cat face"], ["dog face"], threshold=0.6, resolution=16)]
+blends = [None, LocalBlend(["cat face"], ["dog face"], threshold=0.75, resolution=16)]
 sheet = Image.new("RGB", (4 * 68, 3 * 68), "white")
 for row, blend in enumerate(blends, 1):
     images = draw(

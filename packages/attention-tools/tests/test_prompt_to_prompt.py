@@ -216,7 +216,9 @@ def test_outside_the_masks_latents_are_those_of_the_source_after_every_step(pipe
 
 
 def test_a_blend_that_begins_late_leaves_the_steps_before(pipe):
-    blend = LocalBlend(["cat face"], ["dog face"], resolution=16, start=0.5)
+    blend = LocalBlend(
+        ["cat face"], ["dog face"], resolution=16, threshold=0.6, widen=0, start=0.5
+    )
     _, free = blended(pipe, None)
     _, late = blended(pipe, blend)
     torch.testing.assert_close(late[:2], free[:2], atol=0, rtol=0)
@@ -255,12 +257,12 @@ def test_mistakes_in_a_blend_are_named(pipe):
 def test_a_blend_swaps_the_object_and_keeps_the_background(pipe, recogniser):
     """The target also asks for a blue background, which six seeds of the plain edit give.
 
-    The threshold is 0.6 instead of the paper's 0.3: no start token takes attention in the embedded
-    model, so maps are flat, and 95 % of the places reach 0.3 of the maximum.
+    The threshold is 0.75 instead of the paper's 0.3: no start token takes attention in the embedded
+    model, so maps are flat, and nearly all places reach 0.3 of the maximum.
     """
     arguments = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "pt"}
     target = "a dog face on a blue background"
-    blend = LocalBlend(["cat face"], ["dog face"], resolution=16, threshold=0.6)
+    blend = LocalBlend(["cat face"], ["dog face"], resolution=16, threshold=0.75)
     draw = PromptToPrompt(pipe, PromptToPromptConfig(cross_steps=0.3))
     red, blue = (torch.tensor(BACKGROUNDS[name]).view(3, 1, 1) / 255 for name in ("red", "blue"))
     red_share, dog = [], []
