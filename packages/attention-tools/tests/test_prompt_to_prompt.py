@@ -216,9 +216,7 @@ def test_outside_the_masks_latents_are_those_of_the_source_after_every_step(pipe
 
 
 def test_a_blend_that_begins_late_leaves_the_steps_before(pipe):
-    blend = LocalBlend(
-        ["cat face"], ["dog face"], resolution=16, threshold=0.6, widen=0, start=0.5
-    )
+    blend = LocalBlend(["cat face"], ["dog face"], resolution=16, threshold=0.6, widen=0, start=0.5)
     _, free = blended(pipe, None)
     _, late = blended(pipe, blend)
     torch.testing.assert_close(late[:2], free[:2], atol=0, rtol=0)
