@@ -7,10 +7,13 @@ from torch import nn
 
 from unweave.diffusion_core.denoiser import Denoiser
 from unweave.diffusion_core.errors import ImageError, PipelineError, SelectionError
+from unweave.diffusion_core.latents import encode_images
+from unweave.diffusion_core.objective import denoising_loss
 from unweave.diffusion_core.parameters import fingerprint
 from unweave.diffusion_core.prompts import PromptStates, encode_conditions
 from unweave.diffusion_core.teacher import frozen_teacher
 from unweave.diffusion_core.testing import tiny_pipeline, tiny_xl_pipeline
+from unweave.diffusion_core.toy_world import glyph_scores
 from unweave.diffusion_core.trajectories import TrajectoryBank
 from unweave.erasure.co_erasing import (
     CONTRASTS,
@@ -336,3 +339,185 @@ def test_given_images_make_no_pairs():
 def test_bad_settings_are_named(settings):
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}`"):
         CoErasingConfig(**settings)
+
+
+# What it does to the toy world
+
+SEEDS = (0, 1, 2)
+TARGET = "cat"
+SAMPLING = {"num_inference_steps": 10, "guidance_scale": 3.0, "batch_size": 64}
+BUDGET = {
+    "lr": 1e-3,
+    "batch_size": 4,
+    "num_inference_steps": 10,
+    "templates": ("a {}",),
+    "image_trainable": "esd-x",
+    "blur": 0,
+    "num_images": 24,
+    "image_guidance_scale": 3.0,
+    "num_trajectories": 8,
+    "refresh_every": 50,
+}
+FIRST, SECOND = 60, 60
+
+
+class ToyEye(RandomProjection):
+    """A fixed random projection of what a picture of the toy shows: glyphs, places and colour."""
+
+    def __init__(self, width=32):
+        super().__init__(8, width)
+        self.weight.data = torch.randn(width, 15, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, pixels):
+        scores = glyph_scores(pixels)
+        glyphs, places = scores.flatten(2).amax(2), scores.abs().amax(1).flatten(1)
+        shown = torch.cat([glyphs, places, 4 * pixels.mean((2, 3)) - 2], 1)
+        return SimpleNamespace(image_embeds=shown @ self.weight.T)
+
+
+def with_toy_eyes(pipe):
+    from transformers import CLIPImageProcessor
+
+    pipe.image_encoder = ToyEye()
+    pipe.feature_extractor = CLIPImageProcessor(size=8, crop_size=8, resample=0, do_normalize=False)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def toy_adapter(toy_world):
+    generator = torch.Generator().manual_seed(0)
+    count = 512
+    concepts, grounds = (
+        [names[i] for i in torch.randint(len(names), (count,), generator=generator)]
+        for names in (toy_world.concepts, toy_world.backgrounds)
+    )
+    images = toy_world.images(concepts, grounds, generator)
+    prompts = [f"a {c} on {g}" for c, g in zip(concepts, grounds, strict=True)]
+    config = ImagePromptsConfig(num_steps=300, lr=3e-3, batch_size=32, drop_text=0.5)
+    pipe = with_toy_eyes(toy_world.pipeline())
+    return train_image_prompts(pipe, images, prompts, config, progress=False)[0]
+
+
+def toy_erasure(toy_world, adapter, seed=0, images=None, **settings):
+    pipe = with_toy_eyes(toy_world.pipeline())
+    put_on(pipe, adapter)
+    eraser = CoErasing(CoErasingConfig(**{**BUDGET, **settings}))
+    return eraser.erase(pipe, ErasureRequest(TARGET, images=images), seed=seed, progress=False)
+
+
+@pytest.fixture(scope="module")
+def text_only(toy_world, toy_adapter):
+    """As many steps as of both stages, of the text stage."""
+    return [
+        toy_erasure(toy_world, toy_adapter, seed, text_steps=FIRST + SECOND, image_steps=1)
+        for seed in SEEDS
+    ]
+
+
+@pytest.fixture(scope="module")
+def together(toy_world, toy_adapter):
+    return [
+        toy_erasure(toy_world, toy_adapter, seed, text_steps=FIRST, image_steps=SECOND)
+        for seed in SEEDS
+    ]
+
+
+def shown_by_images(toy_world, adapter, erasure, concept):
+    """Return the share of pictures that show `concept` for images of it and the empty prompt."""
+    pipe = with_toy_eyes(toy_world.pipeline())
+    if erasure is not None:
+        erasure.apply(pipe)
+    count = 24
+    grounds = [toy_world.backgrounds[i % 4] for i in range(count)]
+    images = toy_world.images([concept] * count, grounds, torch.Generator().manual_seed(5))
+    embeds = adapter.embed(images)
+    put_on(pipe, adapter)
+    pictures = pipe(
+        [""] * count,
+        ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embeds), embeds])[:, None]],
+        guidance_scale=3.0,
+        num_inference_steps=10,
+        generator=[torch.Generator().manual_seed(i) for i in range(count)],
+        output_type="pt",
+    ).images
+    return (toy_world.classify(pictures) == toy_world.concepts.index(concept)).float().mean().item()
+
+
+def test_together_synonyms_are_erased_better_than_by_text_alone(toy_world, text_only, together):
+    prompts = [f"{a} {s}" for a in ("a", "my", "one") for s in toy_world.synonyms[TARGET]]
+
+    def residual(erasure):
+        pipe = toy_world.pipeline()
+        with erasure.apply(pipe):
+            return toy_world.rate(pipe, TARGET, prompts, range(8), **SAMPLING)
+
+    by_text, by_both = (sum(map(residual, runs)) / len(SEEDS) for runs in (text_only, together))
+    assert by_both <= by_text - 0.15
+
+
+def test_images_bring_back_what_text_erased_until_the_image_stage(toy_world, toy_adapter, together):
+    text_stage = toy_erasure(toy_world, toy_adapter, text_steps=FIRST, image_steps=1)
+    assert shown_by_images(toy_world, toy_adapter, text_stage, TARGET) > 0.5
+    for erasure in together:
+        assert shown_by_images(toy_world, toy_adapter, erasure, TARGET) < 0.25
+        assert shown_by_images(toy_world, toy_adapter, erasure, "tree") > 0.7
+
+
+def test_refinement_spares_other_concepts_on_the_background_of_the_images(toy_world, toy_adapter):
+    others = [name for name in toy_world.concepts if name != TARGET for _ in range(16)]
+    generator = torch.Generator().manual_seed(11)
+    scenes = toy_world.images(others, ["red"] * len(others), generator) * 2 - 1
+    clean = encode_images(toy_world.trained.vae, scenes, None)
+    t = torch.randint(1000, (len(others),), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+
+    @torch.no_grad()
+    def error(pipe):
+        states = encode_conditions(pipe, [f"a {name} on red" for name in others])
+        return denoising_loss(Denoiser.from_pipeline(pipe), clean, states, t, noise).item()
+
+    def damage(**settings):
+        total = 0.0
+        for seed in SEEDS:
+            drawn = torch.Generator().manual_seed(seed)
+            images = list(toy_world.images([TARGET] * 24, ["red"] * 24, drawn))
+            erasure = toy_erasure(
+                toy_world,
+                toy_adapter,
+                seed,
+                images=images,
+                text_steps=0,
+                image_steps=SECOND,
+                **settings,
+            )
+            pipe = toy_world.pipeline()
+            with erasure.apply(pipe):
+                total += error(pipe) - error(toy_world.trained)
+        return total
+
+    assert damage() <= 0.7 * damage(refine=False)
+
+
+def test_the_more_negative_guidance_the_less_is_left_of_the_concept(toy_world, toy_adapter):
+    """What is left: the guidance term's projection on what it was, on held-out noisy latents."""
+    noisy = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.linspace(300, 900, 32).long()
+
+    @torch.no_grad()
+    def guidance(pipe):
+        denoiser = Denoiser.from_pipeline(pipe)
+        concept, empty = (encode_conditions(pipe, [text]) for text in ("a cat", ""))
+        return (
+            denoiser.predict(noisy, t, concept).raw - denoiser.predict(noisy, t, empty).raw
+        ).flatten()
+
+    original = guidance(toy_world.trained)
+
+    def left(eta):
+        erasure = toy_erasure(toy_world, toy_adapter, eta=eta, text_steps=30, image_steps=30)
+        pipe = toy_world.pipeline()
+        with erasure.apply(pipe):
+            return (guidance(pipe) @ original / (original @ original)).item()
+
+    none, some, much = (left(eta) for eta in (0.0, 1.0, 3.0))
+    assert 1 > none > some > much
