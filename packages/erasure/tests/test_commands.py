@@ -249,7 +249,8 @@ def test_generate_prints_the_paths_of_images_that_depend_on_their_seed_only(
     result = succeed(unweave(*quick, "--seed", "4", "--count", "2", "--out", "two"))
     assert result.stdout.split() == [str(Path("two/a-cat-4.png")), str(Path("two/a-cat-5.png"))]
     succeed(unweave(*quick, "--seed", "5", "--out", "one"))
-    assert torch.equal(pixels(tmp_path / "one/a-cat-5.png"), pixels(tmp_path / "two/a-cat-5.png"))
+    alone, beside = pixels(tmp_path / "one/a-cat-5.png"), pixels(tmp_path / "two/a-cat-5.png")
+    assert (alone - beside).abs().max() <= 1
 
 
 def test_generate_applies_an_erasure_with_its_strength(unweave, saved_erasure, tmp_path):
