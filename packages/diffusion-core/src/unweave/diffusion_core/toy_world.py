@@ -10,7 +10,8 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +94,8 @@ class ToyWorld:
         if path.exists():
             parts.load_state_dict(load_file(path))
         else:
-            train(pipe, recipe)
+            with one_thread():
+                train(pipe, recipe)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(path, parts.state_dict(), {"format": "pt"})
         parts.requires_grad_(False).eval()
@@ -250,6 +252,17 @@ def train(pipe: StableDiffusionPipeline, recipe: ToyRecipe) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, so that a toy does not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def all_prompts() -> list[tuple[str, str, str]]:
