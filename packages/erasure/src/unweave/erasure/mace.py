@@ -334,7 +334,7 @@ def timestep_density(
     With the paper's values nearly all of it lies between 150 and 450, where objects take shape.
 
     >>> round(timestep_density(1000)[150:451].sum().item(), 2)
-    0.99
+    0.98
     """
     t = torch.arange(num_train_timesteps, dtype=torch.float64)
     density = torch.sigmoid(slope * (t - start)) - torch.sigmoid(slope * (t - stop))
